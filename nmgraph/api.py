@@ -1,0 +1,364 @@
+"""The front door: what ``import nmgraph`` offers, each name a few calls into the floors below."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from nmgraph.checkpoint.factory import call_factory, load_weights
+from nmgraph.checkpoint.nm_file import is_nm_file, read_nm_file, write_nm_file
+from nmgraph.checkpoint.tensors import load_safetensors
+from nmgraph.checkpoint.trusted import load_trusted
+from nmgraph.errors import ConversionError, ExportError, FileError
+from nmgraph.export.inputs import Inputs, find_inputs, make_inputs
+from nmgraph.export.tensorrt import require_tensorrt
+from nmgraph.files import require_writable
+from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.recipe import Recipe
+from nmgraph.methods import make_method
+from nmgraph.methods.contract import Method
+from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.eligibility import find_sites
+from nmgraph.passes.finalize import fold, require_finished
+from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
+from nmgraph.passes.rewrite import Decision, decide, require_finite, require_some, rewrite
+from nmgraph.passes.trace import copy_structure, count_calls, trace_both_modes, uses
+from nmgraph.passes.verification import Verification, verify_model, verify_tensors
+from nmgraph.training.controller import Controller
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from nmgraph.export.bundle import ExportReport
+
+Progress = Callable[[str], None]
+
+
+def _silent(stage: str) -> None:
+    pass
+
+
+def convert(
+    model: nn.Module,
+    *,
+    method: str | Method[Any] = "lbc",
+    pattern: str | Pattern = "2:4",
+    example_inputs: Any = None,
+    skip: Sequence[str] = (),
+    layers: Mapping[str, str | Pattern] | None = None,
+    mode: str = "auto",
+    progress: Progress = _silent,
+    **method_options: Any,
+) -> nn.Module:
+    """Make a model's linear and convolution layers sparse-trainable.
+
+    The model is changed in place and returned: its layers multiply by masked weights from now on, everything else
+    about it - class, attributes, parameters, ``state_dict`` keys - is as before. On an error it is left untouched.
+
+    Args:
+        model: any module.
+        method: a name in ``METHODS``, or a configured method.
+        pattern: N:M, N of every M consecutive weights kept along the input channels.
+        example_inputs: a tensor, a tuple of tensors or a dict of tensors. The dense model is run on them first: the
+            manifest then knows how often each layer is called, a GraphModule is held to the same answer, and the
+            export remembers the shapes.
+        skip: globs on qualified names of layers to leave dense.
+        layers: patterns by glob; of several that match a layer, the last one counts.
+        mode: ``"auto"`` changes layers in place; ``"graph"`` returns a whole ``torch.fx.GraphModule`` that shares
+            the model's parameters, and leaves the model itself as it was.
+        progress: called with what begins.
+        **method_options: options of the method, as ``nmgraph methods`` lists them.
+
+    Returns:
+        The model, or with ``mode="graph"`` a GraphModule.
+
+    Raises:
+        NMGraphError: a subclass naming the layer, the value and the remedy.
+
+    Example:
+        >>> import torch, nmgraph
+        >>> net = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> print(nmgraph.manifest(nmgraph.convert(net, method="lbc")))
+        2 sites converted, 0 skipped, 100.0% of their weights
+    """
+    if mode not in ("auto", "graph"):
+        raise ConversionError(f'there is no mode {mode!r}. Use "auto" (in place) or "graph" (a GraphModule).')
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"a {type(model).__name__} can't be converted; give a torch.nn.Module.")
+    recipe = Recipe(make_method(method, method_options), Pattern.parse(pattern))
+    inputs = None if example_inputs is None else make_inputs(example_inputs)
+    decisions = plan(model, recipe, inputs=inputs, skip=skip, layers=layers, progress=progress)
+    require_some(decisions, model)
+    require_finite(decisions)
+    if mode == "graph":
+        model = _as_graph(model, inputs)
+        reached = {name for name, _ in model.named_modules()}
+        decisions = [d for d in decisions if d.refusal or d.site.name in reached]
+    progress("rewriting layers")
+    rewrite(model, {d.site.name: d.recipe for d in decisions if d.refusal is None})
+    shapes = () if inputs is None else inputs.shapes()
+    write_manifest(model, Manifest(recipe.method.name, tuple(d.entry() for d in decisions), inputs=shapes))
+    return model
+
+
+def plan(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    inputs: Inputs | None = None,
+    skip: Sequence[str] = (),
+    layers: Mapping[str, str | Pattern] | None = None,
+    progress: Progress = _silent,
+) -> list[Decision]:
+    """Decide for every site what ``convert`` would make of it, and change nothing.
+
+    Raises:
+        ConversionError: if the model is converted already, or does not take the inputs.
+    """
+    found = find_manifest(model)
+    if found is not None and masked_layers(model):
+        raise ConversionError(
+            f"{type(model).__name__} is converted already ({found.method}: {found}). "
+            "Convert a dense model, or finalize this one first."
+        )
+    progress("tracing")
+    used = uses(model)
+    if inputs is not None:
+        used.calls = count_calls(model, inputs.call)
+    patterns = {glob: Pattern.parse(p) for glob, p in (layers or {}).items()}
+    return decide(find_sites(model, used), recipe, skip, patterns)
+
+
+def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Controller:
+    """Hook a converted model to its optimizer; the training loop stays as it is.
+
+    Args:
+        model: a converted model, or any module with sparse layers in it.
+        optimizer: any torch optimizer made from the model's parameters; nothing about it is changed.
+        total_steps: optimizer steps of the whole run, those before a resume included. Schedules are fractions of it.
+
+    Returns:
+        A controller, which need not be kept: all state is in the model.
+
+    Raises:
+        TrainingError: if model and optimizer do not belong together.
+    """
+    return Controller(model, optimizer, total_steps)
+
+
+def manifest(model: nn.Module) -> Manifest:
+    """Give the record of what was converted, what was skipped, and why.
+
+    Raises:
+        ConversionError: if the model was not converted.
+    """
+    return require_manifest(model)
+
+
+def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
+    """Fold the masks into a copy of the model: ordinary layers of the original classes, exact zeros.
+
+    Args:
+        model: a converted model, which is not changed.
+        force: prune by what the method knows by now, if its masks are not N:M yet.
+
+    Raises:
+        ConversionError: if the model was not converted.
+        UnfinishedError: if masks are not N:M yet, saying what is missing.
+    """
+    require_manifest(model)
+    if not masked_layers(model):
+        raise ConversionError(f"{type(model).__name__} is finalized already.")
+    if not force:
+        require_finished(model)
+    try:
+        finished = copy.deepcopy(model)
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__} cannot be copied: {error}. Remove what it keeps besides its layers "
+            "(cached activations, open files, locks) before finalizing."
+        ) from error
+    fold(finished)
+    return finished
+
+
+def verify(
+    model_or_path: nn.Module | str | Path,
+    pattern: str | Pattern | None = None,
+    *,
+    model: nn.Module | str | None = None,
+    trust: Sequence[str] = (),
+) -> Verification:
+    """Check that weights keep to their pattern, and say which are ready for TensorRT's 2:4 sparse tactics.
+
+    Args:
+        model_or_path: a module, or a ``.pt``, ``.nm.pt``, ``.safetensors`` or ``.onnx`` file.
+        pattern: to check against; by default each site's own as recorded, or 2:4 for all weights it fits.
+        model: for a file that does not hold its module: the dense model, or ``"pkg.mod:factory"``.
+        trust: packages whose pickled classes may be loaded, besides the usual.
+
+    Raises:
+        FileError: if the file cannot be read.
+    """
+    wanted = None if pattern is None else Pattern.parse(pattern)
+    if isinstance(model_or_path, nn.Module):
+        return verify_model(model_or_path, wanted)
+    path = Path(model_or_path)
+    if path.suffix == ".onnx":
+        from nmgraph.export.proof import load_onnx, verify_onnx
+
+        return verify_onnx(load_onnx(path), path.name, wanted)
+    if path.suffix == ".safetensors":
+        return verify_tensors(path.name, load_safetensors(path), wanted)
+    content = load_trusted(path, str(path), trust)
+    if is_nm_file(content):
+        return verify_model(read_nm_file(content, str(path), _made(model), trust), wanted)
+    if isinstance(content, nn.Module):
+        return verify_model(content, wanted)
+    return verify_tensors(path.name, state_of(content, path), wanted)
+
+
+def export(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    example_inputs: Any = None,
+    onnx: bool = True,
+    trt: bool = False,
+    safetensors: bool = False,
+    precision: str = "fp32",
+    force: bool = False,
+    progress: Progress = _silent,
+) -> ExportReport:
+    """Finalize a converted model, write it, and prove what was written.
+
+    Args:
+        model: a converted or finalized model, which is not changed.
+        directory: what to make; it appears whole or not at all.
+        example_inputs: a tensor, a tuple of tensors or a dict of tensors; by default those of the conversion, or
+            the usual ones for the model's first layer if it takes them.
+        onnx: write ``model.onnx``, prove N:M on it and compare it in ONNX Runtime.
+        trt: build a TensorRT engine.
+        safetensors: write the weights as ``model.safetensors``.
+        precision: of the written weights: ``fp32``, ``fp16`` or ``bf16``.
+        force: prune unfinished masks by what the method knows, and overwrite ``directory``.
+        progress: called with what begins.
+
+    Returns:
+        A report; its ``holds`` tells whether every check held.
+
+    Raises:
+        NMGraphError: if nothing could be written.
+    """
+    if trt:
+        require_tensorrt()
+    if not onnx and not safetensors:
+        raise ExportError("there is nothing to export: leave onnx on, or ask for safetensors.")
+    directory = Path(directory)
+    require_writable(directory, overwrite=force)
+    recorded = require_manifest(model)
+    progress("finalizing")
+    finished = finalize(model, force=force) if masked_layers(model) else copy.deepcopy(model)
+    finished = finished.cpu().eval()
+
+    from nmgraph.export.bundle import write_bundle  # onnx and onnxruntime take a second to import
+
+    inputs = None
+    if onnx:
+        inputs = find_inputs(finished, recorded) if example_inputs is None else make_inputs(example_inputs)
+    return write_bundle(
+        finished, directory, recorded, inputs=inputs, precision=precision, safetensors=safetensors, progress=progress
+    )
+
+
+def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> None:
+    """Write a converted model to a ``.nm.pt`` file, replacing an old one in one step.
+
+    Args:
+        model: a converted model.
+        path: where to.
+        factory: ``"pkg.mod:function"`` that makes the dense model, for classes that cannot be pickled.
+
+    Raises:
+        FileError: if it cannot be written; an old file is unchanged then.
+    """
+    path = Path(path)
+    require_writable(path, overwrite=True)
+    write_nm_file(model, path, factory)
+
+
+def load(path: str | Path, *, model: nn.Module | None = None, trust: Sequence[str] = ()) -> nn.Module:
+    """Read a converted model from a ``.nm.pt`` file, ready to train on.
+
+    Args:
+        path: the file.
+        model: the dense model to convert and load into, instead of the one in the file.
+        trust: packages whose pickled classes may be loaded, besides torch, torchvision, timm and transformers.
+
+    Raises:
+        FileError: if the file cannot be read or does not fit the model.
+        UntrustedError: listing what it names outside the trusted packages; nothing of it was imported.
+    """
+    content = load_trusted(Path(path), str(path), trust)
+    if not is_nm_file(content):
+        raise FileError(
+            f"{path} is no converted model. Make one with nmgraph.convert and nmgraph.save, or `nmgraph convert {path}`."
+        )
+    return read_nm_file(content, str(path), model, trust)
+
+
+def open_dense(path: str | Path, *, factory: str | None = None, trust: Sequence[str] = ()) -> nn.Module:
+    """Read what people have as a model: a pickled module, or a state_dict and the factory of its model.
+
+    Raises:
+        FileError: if the file is neither, or a state_dict comes without a factory.
+    """
+    content = load_trusted(Path(path), str(path), trust)
+    if is_nm_file(content):
+        raise FileError(f"{path} is converted already. Train it, or export it with `nmgraph export {path}`.")
+    if isinstance(content, nn.Module):
+        if factory is not None:
+            raise FileError(f"{path} holds a whole {type(content).__name__}; leave --model {factory} away.")
+        return content
+    state = state_of(content, Path(path))
+    if factory is None:
+        raise FileError(
+            f"{path} holds a state_dict ({len(state)} tensors) without its model. Say what makes the model: --model package.module:function."
+        )
+    model = call_factory(factory)
+    load_weights(model, state, str(path))
+    return model
+
+
+def state_of(content: Any, path: Path) -> dict[str, Any]:
+    """Find the state_dict in loaded content, also under the usual names in a training checkpoint.
+
+    Raises:
+        FileError: if there is none.
+    """
+    if isinstance(content, Mapping):
+        for candidate in (content, content.get("state_dict"), content.get("model"), content.get("model_state_dict")):
+            if isinstance(candidate, Mapping) and any(isinstance(v, torch.Tensor) for v in candidate.values()):
+                return dict(candidate)
+    raise FileError(f"{path} holds a {type(content).__name__}: neither a module nor a state_dict.")
+
+
+def _made(model: nn.Module | str | None) -> nn.Module | None:
+    return call_factory(model) if isinstance(model, str) else model
+
+
+def _as_graph(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
+    traced = trace_both_modes(model)
+    assert traced.graph is not None
+    graph_module = fx.GraphModule(traced.root, traced.graph, type(model).__name__)
+    if inputs is not None and not inputs.same_answer(copy_structure(model).eval(), copy_structure(graph_module).eval()):
+        raise ConversionError(
+            f"the graph of {type(model).__name__} does not answer as the model does: its forward depends on values "
+            'that a graph bakes in. Use mode="auto".'
+        )
+    return graph_module

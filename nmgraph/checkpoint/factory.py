@@ -1,0 +1,55 @@
+"""Models that are made by code the user names: ``pkg.mod:factory``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+
+from torch import nn
+
+from nmgraph.errors import FileError, MissingPackageError
+
+
+def call_factory(factory: str) -> nn.Module:
+    """Import ``pkg.mod:factory`` and call it without arguments; the current directory is searched, too.
+
+    Raises:
+        FileError: if the text has another form, there is no such function, or it gives no module.
+        MissingPackageError: if its module cannot be imported.
+    """
+    match = re.fullmatch(r"([\w.]+):([\w.]+)", factory)
+    if match is None:
+        raise FileError(f"{factory!r} does not name a function. Write --model package.module:function.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(match[1])
+    except Exception as error:
+        raise MissingPackageError(f"{factory}: {match[1]} could not be imported: {error}.") from error
+    for attribute in match[2].split("."):
+        if not hasattr(found, attribute):
+            raise FileError(f"{factory}: {match[1]} has no {match[2]}.")
+        found = getattr(found, attribute)
+    if not callable(found):
+        raise FileError(f"{factory} is a {type(found).__name__}, not a function that makes the model.")
+    try:
+        model = found()
+    except Exception as error:
+        raise FileError(f"{factory} failed when called without arguments: {type(error).__name__}: {error}.") from error
+    if not isinstance(model, nn.Module):
+        raise FileError(f"{factory} gave a {type(model).__name__}; it must give a torch.nn.Module.")
+    return model
+
+
+def load_weights(model: nn.Module, state: dict[str, object], file: str) -> None:
+    """Load a state_dict strictly.
+
+    Raises:
+        FileError: listing what is missing, unexpected or of another shape.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise FileError(f"{file} does not fit {type(model).__name__}: {error}") from error

@@ -1,0 +1,158 @@
+"""The ``.nm.pt`` file: a converted model, ready to train on.
+
+A ``torch.save`` archive of plain values and tensors:
+
+    format       "nmgraph"
+    version      1
+    factory      "pkg.mod:function" that makes the dense model, or None
+    module       uint8 pickle of the dense module with empty tensors, or None
+    recipes      {site: {method, options, pattern, reduction_axis}}
+    manifest     JSON text
+    state        the converted model's state_dict
+
+Loading makes the dense module, converts the recorded sites again and loads the state strictly: no class or code of
+ours is ever unpickled, and a GraphModule, whose pickle runs source code, never stored. The module is pickled with
+one-element tensors in place of its weights, so that it costs nothing beside the state, and keeps which are tied.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from nmgraph.checkpoint.factory import load_weights
+from nmgraph.checkpoint.trusted import load_trusted
+from nmgraph.errors import FileError
+from nmgraph.files import written_atomically
+from nmgraph.layers.masked import Masked, masked_layers, unmask
+from nmgraph.layers.recipe import Recipe
+from nmgraph.passes.manifest import Manifest, find_manifest, write_manifest
+from nmgraph.passes.rewrite import rewrite
+from nmgraph.passes.trace import copy_structure
+
+FORMAT = "nmgraph"
+VERSION = 1
+
+
+def is_nm_file(content: Any) -> bool:
+    """Tell whether loaded content is that of a ``.nm.pt`` file."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def write_nm_file(model: nn.Module, path: Path, factory: str | None = None) -> None:
+    """Write a converted model.
+
+    Args:
+        model: a converted module.
+        path: where to; replaced in one step.
+        factory: ``pkg.mod:function`` that makes the dense model, instead of storing its classes.
+
+    Raises:
+        FileError: if the model is no converted one, is a graph, or holds what cannot be pickled.
+    """
+    layers, manifest = masked_layers(model), find_manifest(model)
+    if not layers or manifest is None:
+        raise FileError(f"{type(model).__name__} is not a converted model; save it with torch.save.")
+    if isinstance(model, fx.GraphModule):
+        raise FileError(
+            'a model converted with mode="graph" has no class to store. Save its state_dict(), and load that into '
+            'a model converted in the same way; or convert with mode="auto".'
+        )
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "factory": factory,
+        "module": None if factory else _pickled_skeleton(model),
+        "recipes": {name: layer.nm_told.to_dict() for name, layer in layers.items()},
+        "manifest": manifest.to_json(),
+        "state": model.state_dict(),
+    }
+    with written_atomically(path) as temporary:
+        torch.save(content, temporary)
+
+
+def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, trust: Sequence[str]) -> nn.Module:
+    """Make the converted model from the content of a ``.nm.pt`` file.
+
+    Args:
+        content: what ``load_trusted`` gave.
+        name: what to call the file in messages.
+        model: the dense model to convert, instead of the stored one.
+        trust: packages to trust besides the usual.
+
+    Raises:
+        FileError: if the file is of another version, damaged, or does not fit the model.
+    """
+    if content.get("version") != VERSION:
+        raise FileError(
+            f"{name} has format version {content.get('version')!r}; this nmgraph reads version {VERSION}. Install the one that wrote it."
+        )
+    try:
+        recipes = {site: Recipe.from_dict(values) for site, values in content["recipes"].items()}
+        manifest = Manifest.from_json(content["manifest"])
+        state, factory, skeleton = content["state"], content["factory"], content["module"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(f"{name} is damaged: {type(error).__name__}: {error}.") from error
+    if model is None:
+        if skeleton is None:
+            raise FileError(
+                f"{name} was made with --model {factory}. Making the model runs that code, so name it again: "
+                f"--model {factory}, or in Python model={factory.replace(':', '.')}()."
+            )
+        model = load_trusted(io.BytesIO(bytes(skeleton.numpy().tobytes())), f"the module in {name}", trust)
+        if not isinstance(model, nn.Module):
+            raise FileError(f"{name} is damaged: it holds a {type(model).__name__} in place of a module.")
+        _give_tensors(model, state)
+    missing = [site for site in recipes if not _has_weight(model, site)]
+    if missing:
+        raise FileError(
+            f"{name} was made from another model: {type(model).__name__} has no layer {', '.join(missing[:4])}."
+        )
+    rewrite(model, recipes)
+    write_manifest(model, manifest)
+    load_weights(model, state, name)
+    return model
+
+
+def _pickled_skeleton(model: nn.Module) -> Tensor:
+    persistent = {id(t) for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+
+    def empty(tensor: Tensor) -> Tensor:
+        if id(tensor) not in persistent:
+            return tensor.detach().cpu().clone()
+        stand_in = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        return nn.Parameter(stand_in, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
+
+    skeleton = copy_structure(model, empty)
+    for layer in masked_layers(skeleton).values():
+        unmask(layer)
+    buffer = io.BytesIO()
+    try:
+        torch.save(skeleton, buffer)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise FileError(
+            f"{type(model).__name__} can't be pickled: {error}. Put its classes and functions at the top of a module, "
+            'or save with factory="package.module:function" naming a function that makes the dense model.'
+        ) from error
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _give_tensors(skeleton: nn.Module, state: dict[str, Tensor]) -> None:
+    """Replace one-element stand-ins by real memory, in place, so that tied parameters stay tied."""
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and name in state:
+            tensor.data = torch.empty_like(state[name], dtype=tensor.dtype)
+
+
+def _has_weight(model: nn.Module, site: str) -> bool:
+    try:
+        layer = model.get_submodule(site)
+    except AttributeError:
+        return False
+    return not isinstance(layer, Masked) and isinstance(layer._parameters.get("weight"), nn.Parameter)

@@ -1,0 +1,151 @@
+"""Load pickled modules without running what they name.
+
+A pickle is code. Loading goes through ``torch.load(weights_only=True)``, which builds only what it is allowed to:
+here ``nn.Module`` and ``Enum`` classes of trusted packages, ``functools.partial``, and torch's activation
+functions. Names outside the trusted packages are never imported, as importing is running.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from nmgraph.errors import FileError, MissingPackageError, UntrustedError
+
+PACKAGES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm", "transformers")
+"""Packages whose module classes are trusted, when they are installed."""
+
+_FUNCTIONS = frozenset(
+    f"{place}.{name}"
+    for place in ("torch.nn.functional", "torch._C._nn", "torch")
+    for name in ("relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "mish", "tanh", "sigmoid",
+                 "softmax", "log_softmax", "softplus", "hardtanh", "hardswish", "hardsigmoid")
+) | {"functools.partial", "torch._C._nn.gelu"}  # fmt: skip
+"""What a module may hold besides modules: calling these does nothing but compute."""
+
+
+def load_trusted(file: str | Path | IO[bytes], name: str, trust: Sequence[str] = ()) -> Any:
+    """Load a ``torch.save`` file, building only trusted classes.
+
+    Args:
+        file: path or open binary file.
+        name: what to call it in messages.
+        trust: packages to trust besides :data:`PACKAGES`; they are imported.
+
+    Returns:
+        What was saved, on the CPU.
+
+    Raises:
+        UntrustedError: listing what the file names outside the trusted packages.
+        MissingPackageError: if a trusted package cannot be imported.
+        FileError: if the file is missing, truncated or no such file.
+    """
+    if isinstance(file, (str, Path)):
+        require_model_file(Path(file))
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        allowed = _resolve(names, name, trust)
+        if not isinstance(file, (str, Path)):
+            file.seek(0)
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (UntrustedError, MissingPackageError):
+        raise
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, TypeError,
+            IndexError, zipfile.BadZipFile) as error:  # fmt: skip
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileError(f"{name} can't be read: {reason}. It may be truncated, or no file of torch.save.") from error
+
+
+def require_model_file(path: Path) -> None:
+    """Refuse what cannot be a model file, with the reason a person would look for.
+
+    Raises:
+        FileError: if it is missing, a directory, empty, a TorchScript archive or not one of torch's files.
+    """
+    if not path.exists():
+        raise FileError(f"{path} does not exist.")
+    if not path.is_file():
+        raise FileError(f"{path} is not a file.")
+    try:
+        with path.open("rb") as opened:
+            start = opened.read(4)
+    except OSError as error:
+        raise FileError(f"{path} can't be read: {error.strerror}.") from error
+    if not start:
+        raise FileError(f"{path} is empty.")
+    if start == b"PK\x03\x04":
+        _require_whole_zip(path)
+    elif not start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        raise FileError(
+            f"{path} is not a model file: save one with torch.save(model, ...) or nmgraph.save(model, ...)."
+        )
+
+
+def _require_whole_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member.partition("/")[2] for member in archive.namelist()]
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise FileError(f"{path} is truncated or damaged: {error}. Save or copy it again.") from error
+    if "constants.pkl" in members:
+        raise FileError(
+            f"{path} is TorchScript, whose layers can't be trained sparse. Save the Python model with torch.save(model, ...)."
+        )
+    if "data.pkl" not in members:
+        raise FileError(f"{path} is a zip archive, but not one of torch.save.")
+
+
+def _resolve(names: Sequence[str], file: str, trust: Sequence[str]) -> list[Any]:
+    """Import the named classes of trusted packages; anything else is refused before a single import."""
+    packages = (*PACKAGES, *trust)
+    foreign = [name for name in names if name not in _FUNCTIONS and not _inside(name, packages)]
+    if foreign:
+        roots = sorted({name.partition(".")[0] for name in foreign})
+        raise UntrustedError(
+            f"{file} names code outside the trusted packages, so nothing was loaded or run:\n  "
+            + "\n  ".join(sorted(foreign)) + "\nIf you know where the file comes from, import and run that code with "
+            + " ".join(f"--trust {root}" for root in roots) + f" (in Python: trust={roots})."
+        )  # fmt: skip
+    return [(_import(name, file, trust), name) for name in names]
+
+
+def _inside(name: str, packages: Sequence[str]) -> bool:
+    return any(name.startswith(f"{package}.") for package in packages)
+
+
+def _import(name: str, file: str, trust: Sequence[str]) -> Any:
+    module, _, attribute = name.rpartition(".")
+    try:
+        value = getattr(_import_module(module), attribute)
+    except AttributeError as error:
+        raise FileError(
+            f"{file} needs {name}, which the installed {name.partition('.')[0]} does not have. Install the version it was saved with."
+        ) from error
+    is_class = isinstance(value, type) and issubclass(value, (nn.Module, enum.Enum))
+    if is_class or name in _FUNCTIONS or _inside(name, trust):
+        return value
+    raise UntrustedError(
+        f"{file} names {name}, which is no layer class, so nothing was loaded or run. If you know where the file comes "
+        f"from, allow it with --trust {name.partition('.')[0]}."
+    )
+
+
+def _import_module(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        # Whatever an import raises (torchvision beside another torch: RuntimeError), the file is not to blame.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MissingPackageError(
+            f"the model needs the package {module.partition('.')[0]}, which could not be imported: {reason}. "
+            "Install it, in a version that fits your torch."
+        ) from error

@@ -1,0 +1,316 @@
+"""The command line: parses, calls the front door, prints. Every command has --json; results go to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import nmgraph
+from nmgraph import api
+from nmgraph.checkpoint.factory import call_factory
+from nmgraph.errors import ConversionError, MethodError, NMGraphError
+from nmgraph.export.tensorrt import require_tensorrt
+from nmgraph.files import require_writable
+from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.recipe import Recipe
+from nmgraph.methods import METHODS, make_method
+from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.manifest import Manifest
+
+FINE, FAILED, MISUSED = 0, 1, 2
+_EXPORT_STAGES, _CONVERT_STAGES = 6, 2
+
+app = typer.Typer(
+    name="nmgraph",
+    help="Train any PyTorch model under N:M sparsity, and export it proved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A pickled module, or a state_dict with --model.")]
+ConvertedArgument = Annotated[
+    Path, typer.Argument(metavar="CONVERTED", help="A .nm.pt file, as `nmgraph convert` writes it.")
+]
+FactoryOption = Annotated[
+    str | None, typer.Option("--model", metavar="PKG.MOD:FACTORY", help="What makes the dense model.")
+]
+TrustOption = Annotated[
+    list[str], typer.Option("--trust", metavar="PACKAGE", help="Import this package if the file names its classes.")
+]
+MethodOption = Annotated[str, typer.Option("--method", help="Training method; see `nmgraph methods`.")]
+PatternOption = Annotated[
+    str, typer.Option("--pattern", metavar="N:M", help="Keep N of every M weights along the input channels.")
+]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the method.")]
+SkipOption = Annotated[list[str], typer.Option("--skip", metavar="GLOB", help="Leave these layers dense.")]
+LayerOption = Annotated[
+    list[str], typer.Option("--layer", metavar="GLOB=N:M", help="Give these layers a pattern of their own.")
+]
+InputOption = Annotated[
+    list[str], typer.Option("--input", metavar="[NAME=]1x3x224x224[:DTYPE]", help="Shape of an example input.")
+]
+OutOption = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command()
+def methods(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the training methods, with their options and costs."""
+    with _answering(json, debug):
+        rows = [_describe(cls) for cls in METHODS.values()]
+        table = Table(header_style="bold")
+        table.add_column("method", no_wrap=True)
+        table.add_column("what it does")
+        table.add_column("options (--set)", no_wrap=True)
+        for row in rows:
+            about = f"{row['title']} ({row['paper']})\n[dim]gradient[/]  {row['gradient']}"
+            costs = f"[dim]state[/]     {row['state_cost']}\n[dim]time[/]      {row['time_cost']}"
+            options = "\n".join(f"{key}={value}" for key, value in row["options"].items())
+            table.add_row(row["name"], f"{about}\n{costs}", options)
+        _answer(json, rows, table)
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    factory: FactoryOption = None,
+    trust: TrustOption = [],  # noqa: B006 - typer needs the literal
+    method: MethodOption = "lbc",
+    pattern: PatternOption = "2:4",
+    input: InputOption = [],  # noqa: B006
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what `convert` would make of every layer, and change nothing."""
+    with _answering(json, debug), _progress(json, 1) as progress:
+        recipe = Recipe(make_method(method), Pattern.parse(pattern))
+        dense = api.open_dense(model, factory=factory, trust=trust)
+        decisions = api.plan(dense, recipe, inputs=_inputs(input), progress=progress)
+        found = Manifest(method, tuple(d.entry() for d in decisions))
+        _answer(json, found.to_dict(), found)
+
+
+@app.command()
+def convert(
+    model: ModelArgument,
+    method: MethodOption = "lbc",
+    pattern: PatternOption = "2:4",
+    set: SetOption = [],  # noqa: B006
+    skip: SkipOption = [],  # noqa: B006
+    layer: LayerOption = [],  # noqa: B006
+    factory: FactoryOption = None,
+    trust: TrustOption = [],  # noqa: B006
+    input: InputOption = [],  # noqa: B006
+    output: OutOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a model's layers sparse-trainable, and write it beside the model as .nm.pt."""
+    with _answering(json, debug), _progress(json, _CONVERT_STAGES) as progress:
+        out = output or model.with_name(f"{model.stem}.nm.pt")
+        require_writable(out, overwrite=force)
+        options = _options(method, set)
+        layers = dict(_pair(text, "--layer", "GLOB=N:M") for text in layer)
+        dense = api.open_dense(model, factory=factory, trust=trust)
+        converted = nmgraph.convert(
+            dense, method=method, pattern=pattern, skip=skip, layers=layers, example_inputs=_inputs(input),
+            progress=progress, **options,
+        )  # fmt: skip
+        nmgraph.save(converted, out, factory=factory)
+        found = nmgraph.manifest(converted)
+        _answer(
+            json, {"output": str(out), **found.to_dict()}, found, f"Wrote {out}. Train it, then: nmgraph export {out}"
+        )
+
+
+@app.command()
+def status(
+    converted: ConvertedArgument,
+    factory: FactoryOption = None,
+    trust: TrustOption = [],  # noqa: B006
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show how far a converted model's training has come, layer by layer."""
+    with _answering(json, debug):
+        model = nmgraph.load(converted, model=call_factory(factory) if factory else None, trust=trust)
+        rows = []
+        for name, layer in masked_layers(model).items():
+            step, total = layer.nm_clock.tolist()
+            rows.append(
+                {
+                    "site": name,
+                    "method": layer.nm_told.method.name,
+                    "pattern": str(layer.nm_told.pattern),
+                    "step": step,
+                    "total_steps": total,
+                    "kept": float(layer.nm_mask().float().mean()),
+                    "unfinished": layer.nm_unfinished() or "",
+                }
+            )
+        table = Table(title=str(converted), title_justify="left", header_style="bold")
+        for column in ("site", "method", "pattern", "step", "kept", "N:M"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            reached = f"[yellow]{row['unfinished']}" if row["unfinished"] else "[green]holds"
+            steps = f"{row['step']:,} of {row['total_steps']:,}" if row["total_steps"] else "not attached yet"
+            table.add_row(row["site"], row["method"], row["pattern"], steps, f"{row['kept']:.1%}", reached)
+        _answer(json, {"layers": rows}, table)
+
+
+@app.command()
+def export(
+    converted: ConvertedArgument,
+    trt: Annotated[bool, typer.Option("--trt", help="Build a TensorRT engine.")] = False,
+    no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Write no ONNX file.")] = False,
+    safetensors: Annotated[bool, typer.Option("--safetensors", help="Write the weights as model.safetensors.")] = False,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="fp32|fp16|bf16", help="Of the written weights.")
+    ] = "fp32",
+    input: InputOption = [],  # noqa: B006
+    factory: FactoryOption = None,
+    trust: TrustOption = [],  # noqa: B006
+    output: OutOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite the output, and prune what is unfinished by score.")
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Finalize a trained model, write it, and prove what was written."""
+    with _answering(json, debug), _progress(json, _EXPORT_STAGES) as progress:
+        if trt:
+            require_tensorrt()
+        out = output or converted.with_name(f"{converted.name.removesuffix('.pt').removesuffix('.nm')}-export")
+        require_writable(out, overwrite=force)
+        model = nmgraph.load(converted, model=call_factory(factory) if factory else None, trust=trust)
+        report = nmgraph.export(
+            model, out, example_inputs=_inputs(input), onnx=not no_onnx, trt=trt, safetensors=safetensors,
+            precision=precision, force=force, progress=progress,
+        )  # fmt: skip
+        _answer(json, report.to_dict(), report, code=FINE if report.holds else FAILED)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pt, .nm.pt, .safetensors or .onnx file.")],
+    pattern: Annotated[str | None, typer.Option("--pattern", metavar="N:M", help="Check against this pattern.")] = None,
+    factory: FactoryOption = None,
+    trust: TrustOption = [],  # noqa: B006
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check that weights keep to their pattern; exit code 1 if one does not."""
+    with _answering(json, debug):
+        found = nmgraph.verify(file, pattern, model=factory, trust=trust)
+        _answer(json, found.to_dict(), found, code=FINE if found.holds else FAILED)
+
+
+def _describe(cls: type[Any]) -> dict[str, Any]:
+    keys = ("name", "title", "paper", "gradient", "state_cost", "time_cost")
+    return {key: getattr(cls, key) for key in keys} | {"options": {f.name: f.default for f in dataclasses.fields(cls)}}
+
+
+def _options(method: str, texts: list[str]) -> dict[str, Any]:
+    """Read ``key=value`` texts by the types of the method's options; whether they exist, the method says itself."""
+    options: dict[str, Any] = {}
+    types: dict[str, Any] = (
+        {f.name: type(f.default) for f in dataclasses.fields(METHODS[method])} if method in METHODS else {}
+    )
+    for key, value in (_pair(text, "--set", "KEY=VALUE") for text in texts):
+        kind = types.get(key, str)
+        try:
+            options[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError) as error:
+            raise MethodError(f"--set {key}={value}: {value!r} is no {kind.__name__}.") from error
+    return options
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise ConversionError(f"{option} {text!r} has another form than {form}.")
+    return key, value
+
+
+def _inputs(texts: list[str]) -> Any:
+    if not texts:
+        return None
+    from nmgraph.export.inputs import parse_inputs
+
+    return parse_inputs(texts)
+
+
+def _answer(json: bool, values: Any, shown: Any, note: str = "", code: int = FINE) -> None:
+    if json:
+        sys.stdout.write(json_module.dumps(values, indent=2) + "\n")
+    else:
+        console = Console()
+        console.print(shown)
+        if note:
+            console.print(note, markup=False, soft_wrap=True)
+    if code:
+        raise typer.Exit(code)
+
+
+@contextmanager
+def _answering(json: bool, debug: bool) -> Iterator[None]:
+    """Turn an error into a message on stderr, or into JSON, and an exit code."""
+    try:
+        yield
+    except NMGraphError as error:
+        _complain(json, debug, str(error))
+    except KeyboardInterrupt:
+        _complain(json, debug, "interrupted; nothing was written.")
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        _complain(
+            json, debug, f"internal error: {type(error).__name__}: {error}\nPlease report it, with what --debug shows."
+        )
+
+
+def _complain(json: bool, debug: bool, message: str) -> None:
+    if debug:
+        traceback.print_exc()
+    if json:
+        sys.stdout.write(json_module.dumps({"error": message}) + "\n")
+    else:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    raise typer.Exit(MISUSED)
+
+
+@contextmanager
+def _progress(json: bool, stages: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar on stderr while a person waits; none where nobody watches."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=json or not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=stages + 1)
+
+        def advance(stage: str) -> None:
+            bar.update(task, description=stage, advance=1)
+
+        yield advance

@@ -1,0 +1,134 @@
+"""Everything an export writes, as one directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors.torch import save_model
+from torch import nn
+
+from nmgraph.errors import ExportError
+from nmgraph.export.inputs import Inputs
+from nmgraph.export.onnx_file import write_onnx
+from nmgraph.export.parity import Parity, compare
+from nmgraph.export.proof import load_onnx, verify_onnx
+from nmgraph.files import directory_written_atomically
+from nmgraph.passes.manifest import Manifest
+from nmgraph.passes.verification import Verification, verify_model
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what was found of it.
+
+    Attributes:
+        directory: where it lies.
+        files: names in it, with their sizes in bytes.
+        precision: of the weights.
+        inputs: what was traced and compared with, in words.
+        weights: the proof on the finalized model.
+        onnx: the proof on the ONNX file, if one was written.
+        parity: ONNX Runtime against the finalized model, if one was written.
+    """
+
+    directory: Path
+    files: dict[str, int]
+    precision: str
+    inputs: str
+    weights: Verification
+    onnx: Verification | None
+    parity: Parity | None
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether every check held."""
+        return (
+            self.weights.holds and (self.onnx is None or self.onnx.holds) and (self.parity is None or self.parity.holds)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values."""
+        return {
+            "holds": self.holds,
+            "directory": str(self.directory),
+            "files": self.files,
+            "precision": self.precision,
+            "inputs": self.inputs,
+            "weights": self.weights.to_dict(),
+            "onnx": self.onnx.to_dict() if self.onnx else None,
+            "parity": self.parity.to_dict() if self.parity else None,
+        }
+
+    def __str__(self) -> str:
+        return f"{'every check holds' if self.holds else 'A CHECK DID NOT HOLD'}: {self.directory}"
+
+    def __rich__(self) -> Table:
+        table = Table(title=str(self), title_justify="left", header_style="bold")
+        for column in ("check", "result", "found"):
+            table.add_column(column, overflow="fold")
+        rows = [("finalized weights", self.weights), ("ONNX file", self.onnx), ("ONNX Runtime", self.parity)]
+        for name, check in rows:
+            if check is not None:
+                table.add_row(name, "[green]holds" if check.holds else "[red]fails", str(check))
+        if self.inputs:
+            table.add_row("inputs", "", self.inputs)
+        for name, size in self.files.items():
+            table.add_row("file", "", f"{name} ({size / 1e6:,.1f} MB)")
+        return table
+
+
+def write_bundle(
+    model: nn.Module, directory: Path, manifest: Manifest, *, inputs: Inputs | None, precision: str, safetensors: bool,
+    progress: Callable[[str], None],
+) -> ExportReport:  # fmt: skip
+    """Write a finalized model.
+
+    Args:
+        model: ordinary layers, in eval mode, on the CPU; it is given the precision.
+        directory: appears whole, in place of an old one.
+        manifest: of the conversion.
+        inputs: to write ONNX with; None writes none.
+        precision: ``fp32``, ``fp16`` or ``bf16``.
+        safetensors: write the finalized weights as ``model.safetensors``.
+        progress: called with what begins.
+
+    Raises:
+        ExportError: if the model cannot be exported; nothing is written then.
+    """
+    if precision not in PRECISIONS:
+        raise ExportError(f"there is no precision {precision!r}. Choose one of {', '.join(PRECISIONS)}.")
+    if precision == "bf16" and inputs is not None:
+        raise ExportError(
+            "ONNX Runtime has no bfloat16 kernels on the CPU, so a bf16 ONNX file could not be compared. Choose fp16 or "
+            "fp32, or write only the weights with --no-onnx --safetensors."
+        )
+    dtype = PRECISIONS[precision]
+    model = model.to(dtype)
+    onnx_proof, parity = None, None
+    with directory_written_atomically(directory) as temporary:
+        progress("checking weights")
+        weights = verify_model(model)
+        if inputs is not None:
+            inputs, path = inputs.to(dtype), temporary / "model.onnx"
+            progress("writing ONNX")
+            write_onnx(model, inputs, path, manifest)
+            progress("proving N:M on the ONNX file")
+            onnx_proof = verify_onnx(load_onnx(path), "model.onnx")
+            progress("comparing with ONNX Runtime")
+            parity = compare(model, path, inputs, dtype)
+        if safetensors:
+            progress("writing safetensors")
+            save_model(model, str(temporary / "model.safetensors"), {"format": "pt"})
+        (temporary / "manifest.json").write_text(manifest.to_json() + "\n")
+        files = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
+        found = ExportReport(directory, files, precision, str(inputs or ""), weights, onnx_proof, parity)
+        (temporary / "report.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+    return found

@@ -1,0 +1,167 @@
+"""Example inputs: given, written as text, remembered from the conversion, or guessed and tried."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from nmgraph.errors import ExportError
+from nmgraph.passes.manifest import Manifest
+
+DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64,
+    "int64": torch.int64, "int32": torch.int32, "bool": torch.bool,
+}  # fmt: skip
+INTEGER_LIMIT = 100
+"""Made-up integers stay below this: they are mostly token ids, and every vocabulary has that many."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is called with.
+
+    Attributes:
+        args: positional tensors.
+        kwargs: tensors by name.
+        source: where they come from, in words.
+    """
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor]
+    source: str
+
+    def call(self, model: nn.Module) -> Any:
+        """Run the model on them, without gradients.
+
+        Raises:
+            ExportError: if the model does not take them.
+        """
+        try:
+            with torch.no_grad():
+                return model(*self.args, **self.kwargs)
+        except Exception as error:
+            # The model is foreign code; what it raises on inputs it does not take can be anything.
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ExportError(f"{type(model).__name__} does not take the inputs {self}: {reason}") from error
+
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        """Run the model, and give all tensors of its answer."""
+        return [t for t in tree_leaves(self.call(model)) if isinstance(t, Tensor)]
+
+    def same_answer(self, one: nn.Module, other: nn.Module) -> bool:
+        """Tell whether two models, in evaluation mode, give the same tensors."""
+        pairs = zip(self.outputs(one), self.outputs(other), strict=True)
+        return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs)
+
+    def shapes(self) -> tuple[tuple[tuple[int, ...], str, str], ...]:
+        """List (shape, dtype, name) of each, positional ones without a name."""
+        named = [("", t) for t in self.args] + list(self.kwargs.items())
+        return tuple((tuple(t.shape), str(t.dtype).removeprefix("torch."), name) for name, t in named)
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """Give floating-point inputs another dtype."""
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(dtype) if t.is_floating_point() else t
+
+        return Inputs(tuple(map(cast, self.args)), {k: cast(t) for k, t in self.kwargs.items()}, self.source)
+
+    def __str__(self) -> str:
+        shapes = [_spell(t) for t in self.args] + [f"{name}={_spell(t)}" for name, t in self.kwargs.items()]
+        return f"{', '.join(shapes)} ({self.source})"
+
+
+def make_inputs(given: Any) -> Inputs:
+    """Turn what a user passes - a tensor, a tuple of tensors, a dict of tensors - into inputs.
+
+    Raises:
+        ExportError: if it is none of these.
+    """
+    if isinstance(given, Inputs):
+        return given
+    if isinstance(given, Tensor):
+        return Inputs((given,), {}, "given")
+    if isinstance(given, Mapping) and all(isinstance(t, Tensor) for t in given.values()):
+        return Inputs((), {str(name): t for name, t in given.items()}, "given")
+    if isinstance(given, (tuple, list)) and all(isinstance(t, Tensor) for t in given):
+        return Inputs(tuple(given), {}, "given")
+    raise ExportError(
+        f"example_inputs is a {type(given).__name__}; it must be a tensor, a tuple of tensors or a dict of tensors by argument name."
+    )
+
+
+def parse_inputs(texts: Sequence[str]) -> Inputs:
+    """Read ``[NAME=]1x3x224x224[:dtype]`` once per input, and make up random values.
+
+    Raises:
+        ExportError: if a text has another form or names an unknown dtype.
+    """
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for text in texts:
+        match = re.fullmatch(r"(?:([A-Za-z_]\w*)=)?(\d+(?:x\d+)*)(?::(\w+))?", text)
+        if match is None or (match[3] or "float32") not in DTYPES:
+            raise ExportError(
+                f"{text!r} is no input. Write [NAME=]SHAPE[:DTYPE], for example 1x3x224x224 or input_ids=1x16:int64; "
+                f"dtypes are {', '.join(DTYPES)}."
+            )
+        tensor = _make_up(tuple(map(int, match[2].split("x"))), match[3] or "float32")
+        if match[1]:
+            kwargs[match[1]] = tensor
+        else:
+            args.append(tensor)
+    return Inputs(tuple(args), kwargs, "values made up")
+
+
+def find_inputs(model: nn.Module, manifest: Manifest | None) -> Inputs:
+    """Find inputs the model takes: those it was converted with, or the usual ones for its first layer.
+
+    Raises:
+        ExportError: if none of them runs.
+    """
+    tried = []
+    for inputs in _candidates(model, manifest):
+        try:
+            inputs.call(model)
+        except ExportError as error:
+            tried.append(str(error))
+        else:
+            return inputs
+    raise ExportError(
+        f"{type(model).__name__} needs example inputs. Give their shapes, for example --input 1x3x224x224 (in Python "
+        "example_inputs=torch.randn(1, 3, 224, 224))." + "".join(f"\n  {t}" for t in tried)
+    )
+
+
+def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]:
+    if manifest is not None and manifest.inputs:
+        made = [(name, _make_up(shape, dtype)) for shape, dtype, name in manifest.inputs]
+        yield Inputs(tuple(t for name, t in made if not name), {n: t for n, t in made if n}, "as at conversion")
+    config = getattr(model, "default_cfg", None)  # timm
+    if isinstance(config, Mapping) and config.get("input_size"):
+        yield Inputs((_make_up((1, *config["input_size"]), "float32"),), {}, "the model's default_cfg")
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))), None)
+    if isinstance(first, nn.Linear):
+        yield Inputs((_make_up((1, first.in_features), "float32"),), {}, "guessed from the first layer")
+    elif isinstance(first, nn.Conv2d):
+        for size in (224, 32):
+            shape = (1, first.in_channels, size, size)
+            yield Inputs((_make_up(shape, "float32"),), {}, "guessed from the first layer")
+
+
+def _make_up(shape: tuple[int, ...], dtype: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    kind = DTYPES[dtype]
+    if kind.is_floating_point:
+        return torch.randn(shape, generator=generator).to(kind)
+    return torch.randint(0, 2 if kind == torch.bool else INTEGER_LIMIT, shape, generator=generator).to(kind)
+
+
+def _spell(t: Tensor) -> str:
+    return "x".join(map(str, t.shape)) + ("" if t.dtype == torch.float32 else f":{str(t.dtype).removeprefix('torch.')}")

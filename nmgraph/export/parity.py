@@ -1,0 +1,107 @@
+"""Run the ONNX file in ONNX Runtime, and compare it with the model it came from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+from nmgraph.errors import ExportError
+from nmgraph.export.inputs import Inputs
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest accepted difference, relative to the largest magnitude of an output."""
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """How far one output of ONNX Runtime is from PyTorch's.
+
+    Attributes:
+        name: of the output in the file.
+        relative_error: largest difference over the largest magnitude; infinite if shapes or NaNs differ.
+    """
+
+    name: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far ONNX Runtime is from PyTorch.
+
+    Attributes:
+        outputs: every output of the file.
+        tolerance: largest accepted relative error.
+    """
+
+    outputs: tuple[OutputParity, ...]
+    tolerance: float
+
+    @property
+    def diverging(self) -> OutputParity | None:
+        """The first output beyond the tolerance."""
+        return next((o for o in self.outputs if not o.relative_error <= self.tolerance), None)
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether all outputs agree."""
+        return self.diverging is None
+
+    @property
+    def worst(self) -> float:
+        """Largest relative error of all outputs."""
+        return max((o.relative_error for o in self.outputs), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values."""
+        return {"holds": self.holds, **asdict(self)}
+
+    def __str__(self) -> str:
+        if self.diverging is not None:
+            return f"output {self.diverging.name} is off by {self.diverging.relative_error:.1e} (accepted: {self.tolerance:.0e})"
+        return f"{len(self.outputs)} outputs within {self.worst:.1e} (accepted: {self.tolerance:.0e})"
+
+
+def compare(model: nn.Module, path: Path, inputs: Inputs, dtype: torch.dtype) -> Parity:
+    """Run both on the same inputs.
+
+    Args:
+        model: what was exported, in eval mode.
+        path: of the ONNX file.
+        inputs: what to run.
+        dtype: of the model's weights, which sets the tolerance.
+
+    Raises:
+        ExportError: if ONNX Runtime cannot run the file.
+    """
+    expected = inputs.outputs(model)
+    try:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [i.name for i in session.get_inputs()]
+        values = dict(zip(names, inputs.args, strict=False)) | inputs.kwargs
+        found = session.run(None, {name: values[name].numpy() for name in names})
+    except Exception as error:
+        # onnxruntime raises classes of its own, without a common base that is public.
+        raise ExportError(f"ONNX Runtime can't run {path.name}: {str(error).strip().splitlines()[0]}") from error
+    outputs = [o.name for o in session.get_outputs()]
+    if len(outputs) != len(expected):
+        raise ExportError(f"{path.name} has {len(outputs)} outputs, the model {len(expected)}.")
+    errors = [OutputParity(n, _relative_error(e, f)) for n, e, f in zip(outputs, expected, found, strict=True)]
+    return Parity(tuple(errors), TOLERANCE[dtype])
+
+
+def _relative_error(expected: torch.Tensor, found: np.ndarray) -> float:
+    want, got = expected.to(torch.float64).numpy(), np.asarray(found, dtype=np.float64)
+    if want.shape != got.shape or not np.array_equal(np.isfinite(want), np.isfinite(got)):
+        return float("inf")
+    finite = np.isfinite(want)
+    scale = float(np.abs(want[finite]).max(initial=0.0)) or 1.0
+    return float(np.abs(want[finite] - got[finite]).max(initial=0.0)) / scale

@@ -1,0 +1,173 @@
+"""Prove N:M on the ONNX file itself, on the axis that each node multiplies along.
+
+The reduction axis in a file is not the one in PyTorch: a Linear becomes ``Gemm(transB=1)`` with the weight as it
+was, or a ``MatMul`` with the weight transposed by constant folding. So each Conv, Gemm and MatMul is asked for its
+axis, and the axis is followed back through what only moves or converts values. Anything else between an initializer
+and its product - a Mul, a Where, a TopK - is a mask that was not folded, and fails the proof.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+
+from nmgraph.errors import FileError
+from nmgraph.export.onnx_file import SITES_KEY, read_manifest
+from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.verification import DEFAULT, Verification, WeightCheck, check_weight
+
+_PASSES_VALUES = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear"}
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A constant operand of a product: its initializer, and the axis that is summed over in it."""
+
+    node: onnx.NodeProto
+    initializer: str
+    values: np.ndarray
+    axis: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A constant operand that is computed from initializers by something that is no mere conversion."""
+
+    node: onnx.NodeProto
+    operator: str
+
+
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file with its external data.
+
+    Raises:
+        FileError: if it is missing, damaged or not ONNX.
+    """
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model, full_check=False)
+    except (DecodeError, onnx.checker.ValidationError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileError(f"{path} can't be read as ONNX: {reason}.") from error
+    return model
+
+
+def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = None) -> Verification:
+    """Check every constant operand of the file's products.
+
+    Args:
+        model: a loaded ONNX model.
+        subject: what to call it in the result.
+        pattern: to check against; default each site's own from the file's manifest, or 2:4 for all it fits.
+    """
+    manifest = read_manifest(model)
+    patterns = {e.name: Pattern.parse(e.pattern) for e in manifest.converted} if manifest else {}
+    sites: dict[str, str] = next((json.loads(p.value) for p in model.metadata_props if p.key == SITES_KEY), {})
+    checks: list[WeightCheck] = []
+    problems: list[str] = []
+    found = set()
+    for operand in _operands(model.graph):
+        if isinstance(operand, _Computed):
+            problems.append(
+                f"{operand.operator} stands between an initializer and {operand.node.op_type} {operand.node.name}"
+            )
+            continue
+        site = sites.get(operand.initializer, "")
+        found.add(site)
+        wanted = pattern or patterns.get(site) or DEFAULT
+        weight = _tensor(operand.values)
+        fits = wanted.divides(weight.shape[operand.axis]) and operand.groups == 1
+        checks.append(
+            check_weight(
+                site or operand.initializer, operand.node.op_type, weight, wanted,
+                expected=site in patterns or (manifest is None and fits), axis=operand.axis, groups=operand.groups,
+            )
+        )  # fmt: skip
+    lost = [name for name in patterns if name not in found]
+    if lost:
+        problems.append(f"no Conv, Gemm or MatMul uses the weight of {', '.join(lost[:4])}{' ...' if lost[4:] else ''}")
+    if not checks:
+        problems.append("no Conv, Gemm or MatMul with a constant weight found")
+    return Verification(subject, tuple(checks), tuple(problems))
+
+
+def _operands(graph: onnx.GraphProto) -> Iterator[_Weight | _Computed]:
+    initializers = {i.name: i for i in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    seen: set[tuple[str, int]] = set()
+    for node in graph.node:
+        for name, axis in _products(node):
+            operand = _follow(node, name, axis, initializers, producers)
+            if isinstance(operand, _Weight):
+                if operand.values.ndim < 2 or (operand.initializer, operand.axis) in seen:
+                    continue
+                seen.add((operand.initializer, operand.axis))
+            if operand is not None:
+                yield operand
+
+
+def _products(node: onnx.NodeProto) -> list[tuple[str, int]]:
+    """List the operands of a product that may be weights, with the axis that is summed over; negative from the end."""
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "Conv":
+        return [(node.input[1], 1)]
+    if node.op_type == "Gemm":
+        return [
+            (node.input[0], 0 if attributes.get("transA") else 1),
+            (node.input[1], 1 if attributes.get("transB") else 0),
+        ]
+    if node.op_type == "MatMul":
+        return [(node.input[0], -1), (node.input[1], -2)]
+    return []
+
+
+def _follow(
+    node: onnx.NodeProto, name: str, axis: int,
+    initializers: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto],
+) -> _Weight | _Computed | None:  # fmt: skip
+    transposes: list[list[int] | None] = []
+    while name not in initializers:
+        producer = producers.get(name)
+        if producer is None:
+            return None  # an input of the graph
+        if producer.op_type == "Constant":
+            break
+        if producer.op_type == "Transpose":
+            transposes.append(next((list(a.ints) for a in producer.attribute if a.name == "perm"), None))
+        elif producer.op_type not in _PASSES_VALUES:
+            return _Computed(node, producer.op_type) if _is_constant(name, initializers, producers) else None
+        name = producer.input[0]
+    values = numpy_helper.to_array(initializers[name] if name in initializers else producers[name].attribute[0].t)
+    axis %= max(values.ndim, 1)
+    for perm in transposes:
+        axis = perm[axis] if perm else values.ndim - 1 - axis
+    groups = next((a.i for a in node.attribute if a.name == "group"), 1) if node.op_type == "Conv" else 1
+    return _Weight(node, name, values, axis, groups)
+
+
+def _is_constant(name: str, initializers: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto]) -> bool:
+    """Tell whether a value follows from initializers alone."""
+    pending, seen = [name], set()
+    while pending:
+        current = pending.pop()
+        if not current or current in seen or current in initializers:
+            continue
+        seen.add(current)
+        producer = producers.get(current)
+        if producer is None:
+            return False
+        pending.extend(producer.input)
+    return True
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float32))  # numpy has no bfloat16, and zeros stay zeros

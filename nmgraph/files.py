@@ -1,0 +1,90 @@
+"""Write files so that an interruption at any moment leaves what was there before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nmgraph.errors import FileError
+
+
+def require_writable(path: Path, overwrite: bool) -> None:
+    """Refuse an output before any work is done for it.
+
+    Raises:
+        FileError: if it exists and may not be overwritten, or could not be created where it shall be.
+    """
+    if path.exists() and not overwrite:
+        raise FileError(f"{path} exists and is kept. Choose another place with -o, or overwrite it with --force.")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise FileError(f"{path} can't be written: there is no directory {parent}. Make it first.")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise FileError(f"{path} can't be written: {error.strerror}. Choose another place with -o.") from error
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """Give a temporary file to write to; on success it takes the place of ``path`` in one step.
+
+    Raises:
+        FileError: if the system refuses (disk full, no permission); ``path`` is unchanged then.
+    """
+    temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.absolute().parent)
+        except OSError as error:
+            raise FileError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def directory_written_atomically(path: Path) -> Iterator[Path]:
+    """Give a temporary directory to fill; on success it takes the place of ``path``, and an old one is removed.
+
+    Raises:
+        FileError: if the system refuses; an old directory is unchanged then.
+    """
+    temporary, replaced = (path.absolute().with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                _sync(file)
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
+            _sync(path.absolute().parent)
+            _remove(replaced)
+        except OSError as error:
+            raise FileError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        _remove(temporary)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

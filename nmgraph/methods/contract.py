@@ -1,0 +1,127 @@
+"""What a training method is: pure functions of tensors, at two moments of a step.
+
+In the forward, :meth:`Method.operand` says what the layer multiplies by. Before ``optimizer.step``,
+:meth:`Method.update` sees the reduced, unscaled, accumulated gradient once, gives back the one the optimizer
+shall use, and moves the method's state on. A method never owns tensors and never sees a module: its state is a
+NamedTuple of tensors which the layer keeps as buffers. Weights, gradients and masks come and go as ``w_OSC``
+(see :mod:`nmgraph.nm.grouping`), so that no method knows about layer kinds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from nmgraph.nm.masks import check_blocks
+from nmgraph.nm.pattern import Pattern
+
+State = TypeVar("State", bound=tuple[Any, ...])
+
+
+class Operand(NamedTuple):
+    """What a layer multiplies by.
+
+    Attributes:
+        forward: ``w_OSC`` of ``Y = X Wᵀ``; the gradient of the weight flows through it.
+        backward: ``w_OSC`` of ``dX = dY W`` where it differs; None means the same, and then the layer is an
+            ordinary linear or convolution with nothing added.
+    """
+
+    forward: Tensor
+    backward: Tensor | None = None
+
+
+class Update(NamedTuple):
+    """The state after a step, and the gradient for the optimizer."""
+
+    state: Any
+    grad: Tensor
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training is, at the moment of one update.
+
+    Attributes:
+        step: optimizer steps completed before this one.
+        total_steps: steps of the whole run, as given to ``attach``.
+        learning_rate: the weight's current learning rate; a tensor under capturable optimizers.
+        fresh: the first update after ``attach`` or after loading, when a schedule cannot rely on the step before.
+    """
+
+    step: int
+    total_steps: int
+    learning_rate: float | Tensor
+    fresh: bool = False
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done once this step is taken; stays at 1 beyond the end."""
+        return min(1.0, (self.step + 1) / self.total_steps)
+
+    @property
+    def progress_before(self) -> float:
+        """Share of the run that was done before this step."""
+        return min(1.0, self.step / self.total_steps)
+
+
+@dataclass(frozen=True)
+class Method(ABC, Generic[State]):
+    """One published idea. Subclasses are frozen dataclasses: configuration and method at once.
+
+    Class attributes say what ``nmgraph methods`` shows: ``name``, ``title``, ``paper``, ``gradient`` (how the
+    weight's gradient flows), ``state_cost`` and ``time_cost``; ``state_type`` is the NamedTuple of its state.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    gradient: ClassVar[str]
+    state_cost: ClassVar[str]
+    time_cost: ClassVar[str]
+    state_type: ClassVar[type[tuple[Any, ...]]]
+    splits_backward: ClassVar[bool] = False  # True where operand() always gives a backward weight
+
+    @property
+    def needs_attach(self) -> bool:
+        """Tell whether training without ``attach`` would not be this method."""
+        return True
+
+    def refusal(self, pattern: Pattern) -> str | None:
+        """Say why the method cannot take a pattern, with the nearest choice; None if it can."""
+        return None
+
+    @abstractmethod
+    def init(self, w_OSC: Tensor, pattern: Pattern) -> State:
+        """Make the state for a weight."""
+
+    @abstractmethod
+    def operand(self, w_OSC: Tensor, state: State, pattern: Pattern) -> Operand:
+        """Say what the layer multiplies by; differentiable with respect to ``w_OSC``."""
+
+    @abstractmethod
+    def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: State, pattern: Pattern, clock: Clock) -> Update:
+        """Take one step: once per optimizer step, before it, without autograd."""
+
+    @abstractmethod
+    def mask(self, w_OSC: Tensor, state: State, pattern: Pattern) -> Tensor:
+        """Give the current forward mask, bool ``[O, S, C]``."""
+
+    def conclude(self, w_OSC: Tensor, state: State, pattern: Pattern) -> State:
+        """Bring an unfinished state to its end at once, by what it knows by now."""
+        return state
+
+    def unfinished(self, w_OSC: Tensor, state: State, pattern: Pattern) -> str | None:
+        """Say what is missing until the mask is N:M; None when it is."""
+        check = check_blocks(self.mask(w_OSC, state, pattern), pattern)
+        if check.holds:
+            return None
+        return f"{check.violations:,} of {check.blocks:,} blocks still keep more than {pattern.n} of {pattern.m}"
+
+    def options(self) -> dict[str, Any]:
+        """Give the configuration as plain values, by name."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,161 @@
+"""LBC: Zhang et al., Learning Best Combination for Efficient N:M Sparsity (NeurIPS 2022).
+
+Every block starts with all C(M, N) ways of keeping N of M. Each combination has a score, trained beside the
+weights; the lowest-scored ones are removed step by step until one is left. A weight is masked once no living
+combination holds it.
+
+The scores are additive. All start equal, and SGD with momentum and weight decay is linear in the gradient, which
+for a combination is a sum over its members (Eq. 10). So ``S_j = c + sum of a_i over the members i of j``: one
+accumulator per weight stands for all scores of its block, and ``c``, common to all, never decides a ranking and
+is not kept. What has to be kept is which combinations live: a bit each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmgraph.errors import MethodError
+from nmgraph.methods.contract import Clock, Method, Operand, Update
+from nmgraph.methods.schedule import check_phase, cubic, ramp
+from nmgraph.nm.grouping import blocks
+from nmgraph.nm.masks import top_n
+from nmgraph.nm.packing import pack_bits, unpack_bits
+from nmgraph.nm.pattern import Pattern
+from nmgraph.nm.straight_through import masked
+
+MAX_BYTES_PER_WEIGHT = 16  # of living-combination bits; 8:16 would take 100
+_CHUNK_ELEMENTS = 1 << 23  # of the temporary [blocks, combinations, N], to bound its memory
+
+
+class LBCState(NamedTuple):
+    """State of one weight.
+
+    Attributes:
+        alive: uint8 ``[O, S, G, B]``, a bit per combination, in lexicographic order.
+        accumulator: float ``[O, S, C]``, the ``a_i``.
+        velocity: float ``[O, S, C]``, its momentum.
+        mask: bool ``[O, S, C]``, weights held by at least one living combination.
+    """
+
+    alive: Tensor
+    accumulator: Tensor
+    velocity: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class LBC(Method[LBCState]):
+    """Learn the best combination of every block.
+
+    Attributes:
+        t_i: when removal begins, as a fraction of all steps.
+        t_f: when exactly one combination is left; the paper's half of training.
+        momentum: of the scores' SGD.
+        score_decay: weight decay of the scores.
+
+    Raises:
+        MethodError: if a value lies outside its range.
+    """
+
+    name: ClassVar[str] = "lbc"
+    title: ClassVar[str] = "Learning best combination"
+    paper: ClassVar[str] = "Zhang et al., NeurIPS 2022"
+    gradient: ClassVar[str] = "masked: only kept weights need one"
+    state_cost: ClassVar[str] = "9 bytes + C(M,N)/8M bytes per weight"
+    time_cost: ClassVar[str] = "elementwise per step; a sort per removal"
+    state_type: ClassVar[type[tuple[Any, ...]]] = LBCState
+
+    t_i: float = 0.0
+    t_f: float = 0.5
+    momentum: float = 0.9
+    score_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        check_phase(self.name, self.t_i, self.t_f)
+        if not 0.0 <= self.momentum < 1.0:
+            raise MethodError(f"lbc: momentum={self.momentum} must lie in [0, 1); the paper's is 0.9.")
+        if not (math.isfinite(self.score_decay) and self.score_decay >= 0):
+            raise MethodError(
+                f"lbc: score_decay={self.score_decay} must be 0 or a positive number; the paper's is 5e-4."
+            )
+
+    def refusal(self, pattern: Pattern) -> str | None:
+        limit = MAX_BYTES_PER_WEIGHT * 8 * pattern.m
+        if pattern.combinations <= limit:
+            return None
+        fitting = [p for n in range(1, pattern.m) if (p := Pattern(n, pattern.m)).combinations <= limit]
+        nearest = min(fitting, key=lambda p: abs(p.n - pattern.n))
+        return (
+            f"lbc keeps track of every combination, and {pattern} has {pattern.combinations:,} of them "
+            f"({pattern.combinations / 8 / pattern.m:,.0f} bytes per weight). Choose {nearest}, or the method srste."
+        )
+
+    def removed(self, progress: float, pattern: Pattern) -> int:
+        """Count the combinations of a block that are gone by then (Eq. 6, read as cumulative and floored)."""
+        x = ramp(progress, self.t_i, self.t_f)
+        return math.floor((pattern.combinations - 1) * cubic(x))
+
+    def init(self, w_OSC: Tensor, pattern: Pattern) -> LBCState:
+        shape_OSG = blocks(w_OSC, pattern.m).shape[:-1]
+        everyone = torch.ones(*shape_OSG, pattern.combinations, dtype=torch.bool, device=w_OSC.device)
+        zeros = torch.zeros(w_OSC.shape, dtype=torch.promote_types(w_OSC.dtype, torch.float32), device=w_OSC.device)
+        return LBCState(pack_bits(everyone), zeros, zeros.clone(), torch.ones_like(zeros, dtype=torch.bool))
+
+    def mask(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> Tensor:
+        return state.mask
+
+    def operand(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> Operand:
+        return Operand(masked(w_OSC, state.mask))  # Eq. 7
+
+    def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: LBCState, pattern: Pattern, clock: Clock) -> Update:
+        alive_left = pattern.combinations - self.removed(clock.progress, pattern)
+        alive_before = pattern.combinations - self.removed(clock.progress_before, pattern)
+        if alive_before > 1:  # else the phase is static
+            state = self._train_scores(w_OSC, grad_OSC, state, clock)
+        if alive_left < alive_before or clock.fresh:
+            state = self._remove(state, alive_left, pattern)
+        return Update(state, grad_OSC)
+
+    def conclude(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> LBCState:
+        return self._remove(state, 1, pattern)
+
+    def _train_scores(self, w_OSC: Tensor, grad_OSC: Tensor, state: LBCState, clock: Clock) -> LBCState:
+        a, v = state.accumulator, state.velocity
+        # Eq. 10: dL/dS_j is the sum of W_i dL/dW_i over the members of j. One overflowing micro-batch must not
+        # stay in the scores for good.
+        salience = torch.nan_to_num(w_OSC.to(a.dtype) * grad_OSC.to(a.dtype), nan=0.0, posinf=0.0, neginf=0.0)
+        v = self.momentum * v + salience + self.score_decay * a
+        return state._replace(accumulator=a - clock.learning_rate * v, velocity=v)
+
+    def _remove(self, state: LBCState, keep: int, pattern: Pattern) -> LBCState:
+        """Leave the ``keep`` best of the living combinations of every block (Eq. 5)."""
+        members_CN, holds_CM = _members(pattern, state.alive.device)
+        alive_RB = state.alive.flatten(0, 2)
+        a_RM = blocks(state.accumulator, pattern.m).flatten(0, 2)
+        rows = max(1, _CHUNK_ELEMENTS // members_CN.numel())
+        kept_bits, masks = [], []
+        for bits_RB, chunk_RM in zip(torch.split(alive_RB, rows), torch.split(a_RM, rows), strict=True):
+            alive_RC = unpack_bits(bits_RB, pattern.combinations)
+            # A gather and a sum, not a matrix product: TF32 and autocast must not round a ranking.
+            scores_RC = chunk_RM[:, members_CN].sum(-1).masked_fill(~alive_RC, -torch.inf)
+            alive_RC = alive_RC & top_n(scores_RC, keep)
+            kept_bits.append(pack_bits(alive_RC))
+            masks.append(torch.stack([alive_RC[:, held].any(-1) for held in holds_CM.unbind(1)], -1))  # Eq. 8
+        return state._replace(
+            alive=torch.cat(kept_bits).reshape_as(state.alive), mask=torch.cat(masks).reshape_as(state.mask)
+        )
+
+
+@lru_cache(maxsize=64)
+def _members(pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
+    """List all combinations: member indices int64 ``[C, N]`` and membership bool ``[C, M]``."""
+    members_CN = torch.tensor(list(combinations(range(pattern.m), pattern.n)), device=device)
+    holds_CM = torch.zeros(pattern.combinations, pattern.m, dtype=torch.bool, device=device)
+    return members_CN, holds_CM.scatter_(1, members_CN, True)

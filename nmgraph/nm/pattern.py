@@ -1,0 +1,78 @@
+"""The N:M pattern as a value: parsed once at the edge, valid wherever it exists."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from nmgraph.errors import PatternError
+
+MAX_M = 32
+
+
+@dataclass(frozen=True, order=True)
+class Pattern:
+    """Keep at most ``n`` of every ``m`` consecutive weights along the reduction axis.
+
+    N is the count *kept* (some tools count the removed ones: the same at 2:4, the opposite at 1:4).
+
+    >>> Pattern.parse("1:4"), str(Pattern(2, 4)), Pattern(2, 4).density
+    (Pattern(n=1, m=4), '2:4', 0.5)
+
+    Raises:
+        PatternError: unless ``1 <= n < m <= 32``.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise PatternError(
+                f"pattern {self.n}:{self.m} keeps no weight at all. N is the count kept of every M: use 1:{max(self.m, 2)} or more."
+            )
+        if self.m > MAX_M:
+            raise PatternError(f"pattern {self.n}:{self.m} has blocks of {self.m}; M may be {MAX_M} at most.")
+        if self.n >= self.m:
+            hint = f"Did you mean {self.m}:{self.n}?" if 0 < self.m < self.n else "Use for example 2:4."
+            raise PatternError(
+                f"pattern {self.n}:{self.m} keeps {self.n} of every {self.m} weights, which removes nothing. {hint}"
+            )
+
+    @classmethod
+    def parse(cls, text: str | Pattern) -> Pattern:
+        """Read ``"N:M"``; a Pattern passes through.
+
+        Raises:
+            PatternError: if the text is not two whole numbers with a colon between, or no valid pattern.
+        """
+        if isinstance(text, Pattern):
+            return text
+        match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", str(text))
+        if match is None:
+            raise PatternError(f"{text!r} is not a pattern. Write N:M, for example 2:4 (keep 2 of every 4).")
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def density(self) -> float:
+        """Share of weights kept, N / M."""
+        return self.n / self.m
+
+    @property
+    def combinations(self) -> int:
+        """Ways to keep exactly N of M: C(M, N)."""
+        return math.comb(self.m, self.n)
+
+    def divides(self, length: int) -> bool:
+        """Tell whether an axis of ``length`` weights splits into whole blocks."""
+        return length > 0 and length % self.m == 0
+
+    def fitting(self, length: int) -> tuple[Pattern, ...]:
+        """List the usual patterns that would fit an axis of ``length``, the nearest density first."""
+        usual = (Pattern(2, 4), Pattern(1, 4), Pattern(2, 8), Pattern(4, 8), Pattern(1, 16), Pattern(1, 2))
+        fits = [p for p in usual if p.divides(length)]
+        return tuple(sorted(fits, key=lambda p: abs(p.density - self.density)))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"

@@ -1,0 +1,60 @@
+"""Fold masks into weights, and give every layer its own class back."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nmgraph.errors import UnfinishedError
+from nmgraph.layers.masked import masked_layers, unmask
+from nmgraph.nm.grouping import restore
+from nmgraph.nm.masks import check_blocks
+from nmgraph.passes.rewrite import finish
+
+
+def require_finished(model: nn.Module) -> None:
+    """Refuse a model whose masks are not N:M yet.
+
+    Raises:
+        UnfinishedError: naming each unfinished layer, with what is missing.
+    """
+    unfinished = {name: missing for name, layer in masked_layers(model).items() if (missing := layer.nm_unfinished())}
+    if not unfinished:
+        return
+    name = next(iter(unfinished))
+    layer = masked_layers(model)[name]
+    step, total = layer.nm_clock.tolist()
+    where = f"{step:,} of {total:,} steps are done" if total else "it was never trained with attach"
+    shown = [f"{n}: {missing}" for n, missing in list(unfinished.items())[:4]]
+    more = f"\n  and {len(unfinished) - 4} more layers" if len(unfinished) > 4 else ""
+    raise UnfinishedError(
+        f"{len(unfinished)} layers are not N:M yet ({layer.nm_told}; {where}):\n  " + "\n  ".join(shown) + more
+        + "\nTrain to the end, or use --force (force=True) to prune now by what the method knows."
+    )  # fmt: skip
+
+
+def fold(model: nn.Module) -> tuple[str, ...]:
+    """Make every masked layer ordinary again, in place: exact zeros in its parameter, its own class, no buffers of ours.
+
+    Unfinished masks are brought to their end by what the method knows.
+
+    Returns:
+        The names of the changed layers.
+    """
+    layers = masked_layers(model)
+    for name, layer in layers.items():
+        told = layer.nm_told
+        with torch.no_grad():
+            w_OSC = layer.nm_raw_OSC
+            state = told.method.conclude(w_OSC, layer.nm_state, told.pattern)
+            folded_OSC = told.method.operand(w_OSC, state, told.pattern).forward
+            # + 0.0 turns a negative zero into a plain one.
+            layer.nm_raw.copy_(restore(folded_OSC, tuple(layer.nm_raw.shape), told.reduction_axis) + 0.0)
+            check = check_blocks(layer.nm_raw_OSC, told.pattern)
+        if not check.holds:
+            raise UnfinishedError(
+                f"{name}: block {check.worst} keeps {check.worst_count}, {told.pattern} allows {told.pattern.n}."
+            )
+        unmask(layer)
+    finish(model)
+    return tuple(layers)

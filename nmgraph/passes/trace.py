@@ -1,0 +1,245 @@
+"""Trace a model to understand it: automatic leaves, both modes, nothing left behind in the model.
+
+Plain ``torch.fx`` gives up on the first module it cannot follow, and bakes ``self.training`` into the graph. Here
+a module that cannot be traced becomes a leaf and the rest is tried again; where a graph shall take a module's
+place, training and evaluation mode are both traced, and what differs between them stays a leaf.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from nmgraph.errors import ConversionError
+from nmgraph.layers.masked import Masked
+
+ATOMS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Masked)
+"""Modules that a trace never enters, whatever their subclass does."""
+
+MULTIPLICATIONS: dict[Callable[..., Any], int] = {
+    F.linear: 1, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1, F.conv_transpose1d: 1, F.conv_transpose2d: 1,
+    F.conv_transpose3d: 1, torch.matmul: 1, torch.mm: 1, torch.bmm: 1, torch.addmm: 2,
+}  # fmt: skip
+"""Functions that multiply by a weight, and the position of that argument."""
+
+
+def copy_structure(model: nn.Module, replace: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """Copy the modules but not the tensors: parameters and buffers are shared, or what ``replace`` makes of them.
+
+    Raises:
+        ConversionError: if an attribute of the model cannot be copied.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    memo = {id(t): t if replace is None else replace(t) for t in tensors}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__} cannot be copied: {error}. Remove what it keeps besides its layers "
+            "(cached activations, open files, locks) before converting."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What could be learned from a model's graph.
+
+    Attributes:
+        root: the copy that was traced, sharing the model's tensors.
+        graph: its graph, or None where the root itself cannot be traced.
+        failure: why not.
+        leaves: types that had to stay leaves, with the reason.
+    """
+
+    root: nn.Module
+    graph: fx.Graph | None
+    failure: str | None = None
+    leaves: dict[str, str] = field(default_factory=dict)
+
+
+class _Tracer(fx.Tracer):
+    # An in-place change of a buffer must become a node, not happen for real while tracing.
+    proxy_buffer_attributes = True
+
+    def __init__(self, leaves: dict[type[nn.Module], str]) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.failed: nn.Module | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self.leaves or isinstance(m, ATOMS) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m  # the innermost one sees the exception first
+            raise
+
+
+def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None) -> Trace:
+    """Trace in the model's present mode; types that cannot be traced become leaves. The model is not touched."""
+    root = copy_structure(model)
+    leaves = dict(leaves or {})
+    while True:
+        tracer = _Tracer(leaves)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = tracer.trace(root)
+        except Exception as error:
+            # Any error at all: the code being traced is the user's, and the answer is a leaf, never a crash.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if tracer.failed is None or type(tracer.failed) in leaves:
+                return Trace(root, None, reason, _named(leaves))
+            leaves[type(tracer.failed)] = reason
+        else:
+            return Trace(root, graph, None, _named(leaves))
+
+
+def trace_both_modes(model: nn.Module) -> Trace:
+    """Trace so that one graph is right in training and in evaluation.
+
+    Raises:
+        ConversionError: if the root cannot be traced, or itself differs between the modes.
+    """
+    leaves: dict[type[nn.Module], str] = {}
+    while True:
+        with _mode(model, True):
+            train = trace(model, leaves)
+        with _mode(model, False):
+            evaluate = trace(model, leaves)
+        for traced in (train, evaluate):
+            if traced.graph is None:
+                raise ConversionError(
+                    f'{type(model).__name__} cannot be traced as a whole ({traced.failure}). Use mode="auto", which '
+                    "converts its layers in place and needs no graph."
+                )
+        assert train.graph is not None
+        assert evaluate.graph is not None
+        difference = _first_difference(train.graph, evaluate.graph)
+        if difference is None:
+            return Trace(train.root, train.graph, None, train.leaves | evaluate.leaves)
+        stack = list((difference.meta.get("nn_module_stack") or {}).values())
+        owner = type(train.root.get_submodule(stack[-1][0])) if stack and stack[-1][0] else type(model)
+        if owner is type(model) or owner in leaves:
+            raise ConversionError(
+                f"{type(model).__name__}.forward itself differs between train() and eval() (at "
+                f'{difference.format_node()}), and one graph cannot hold both. Use mode="auto", or move that step '
+                "into a module of its own."
+            )
+        leaves[owner] = "differs between train() and eval()"
+
+
+@dataclass
+class Uses:
+    """How weights are used, as far as graphs, or a run, show it.
+
+    Attributes:
+        calls: how often each module is called, by qualified name; leaves' inner modules are missing.
+        functional: (parameter's qualified name, function's name) of products with a bare parameter.
+        untraced: modules whose own forward could not be followed, with the reason.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    functional: list[tuple[str, str]] = field(default_factory=list)
+    untraced: dict[str, str] = field(default_factory=dict)
+
+
+def uses(model: nn.Module) -> Uses:
+    """Follow the model's forward; where the root resists, follow each child by itself."""
+    found = Uses()
+    _collect(model, "", found)
+    return found
+
+
+def count_calls(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
+    """Run a copy in evaluation mode, and count the calls of every module by qualified name."""
+    watched = copy_structure(model).eval()
+    calls: Counter[str] = Counter()
+    for name, module in watched.named_modules():
+        module.register_forward_pre_hook(lambda _module, _args, name=name: calls.update([name]))
+    run(watched)
+    return calls
+
+
+def _collect(module: nn.Module, prefix: str, found: Uses) -> None:
+    traced = trace(module)
+    found.untraced.update(traced.leaves)
+    if traced.graph is None:
+        if type(module).forward is not nn.Module.forward:  # containers have none to follow
+            found.untraced[f"{prefix.rstrip('.') or '(root)'}"] = traced.failure or ""
+        for name, child in module.named_children():
+            if not isinstance(child, ATOMS) and any(True for _ in child.children()):
+                _collect(child, f"{prefix}{name}.", found)
+        return
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            found.calls[prefix + str(node.target)] += 1
+        for parameter, function in _parameter_product(node, traced.root):
+            found.functional.append((prefix + parameter, function))
+
+
+def _parameter_product(node: fx.Node, root: nn.Module) -> Iterator[tuple[str, str]]:
+    if node.op == "call_function" and node.target in MULTIPLICATIONS:
+        position = MULTIPLICATIONS[node.target]
+        weight = node.args[position] if len(node.args) > position else node.kwargs.get("weight")
+        function = getattr(node.target, "__name__", str(node.target))
+    elif node.op == "call_method" and node.target in ("matmul", "mm", "__matmul__") and len(node.args) > 1:
+        weight, function = node.args[1], str(node.target)
+    elif node.op == "call_function" and getattr(node.target, "__name__", "") == "matmul":  # the operator @
+        weight, function = node.args[1], "matmul"
+    else:
+        return
+    while (
+        isinstance(weight, fx.Node)
+        and weight.op == "call_method"
+        and weight.target in ("t", "transpose", "permute", "to")
+    ):
+        weight = weight.args[0]
+    if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target) in dict(root.named_parameters()):
+        yield str(weight.target), function
+
+
+def _first_difference(train: fx.Graph, evaluate: fx.Graph) -> fx.Node | None:
+    left: list[fx.Node] = list(train.nodes)
+    right: list[fx.Node] = list(evaluate.nodes)
+    place = {node: i for nodes in (left, right) for i, node in enumerate(nodes)}
+
+    def signature(node: fx.Node) -> tuple[Any, ...]:
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{place[n]}")
+        return node.op, str(node.target), repr(arguments)
+
+    for a, b in zip(left, right, strict=False):
+        if signature(a) != signature(b):
+            depth_a, depth_b = (len(n.meta.get("nn_module_stack") or {}) for n in (a, b))
+            return a if depth_a >= depth_b else b
+    if len(left) != len(right):
+        return max(left, right, key=len)[min(len(left), len(right))]
+    return None
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    try:
+        # Not model.train(): some models override it, to keep their norms frozen.
+        for module in before:
+            module.training = training
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+def _named(leaves: dict[type[nn.Module], str]) -> dict[str, str]:
+    return {f"{kind.__module__}.{kind.__qualname__}": reason for kind, reason in leaves.items()}

@@ -1,0 +1,174 @@
+"""Check weights against their pattern, and say whether TensorRT could use them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor, nn
+
+from nmgraph.layers.masked import Masked
+from nmgraph.nm.grouping import canonical
+from nmgraph.nm.masks import check_blocks
+from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.eligibility import LAYERS
+from nmgraph.passes.manifest import find_manifest
+
+DEFAULT = Pattern(2, 4)
+TENSOR_CORES = Pattern(2, 4)
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """What was found of one weight.
+
+    Attributes:
+        name: of the site, or of the ONNX node.
+        kind: class of the layer or operator.
+        shape: of the weight as stored.
+        pattern: what it was checked against.
+        expected: whether it has to hold; a weight left dense on purpose does not.
+        holds: whether every block keeps at most N.
+        density: share of non-zero weights.
+        finding: the worst block where it does not hold, or why it could not be checked.
+        tensorrt: empty if TensorRT may take it for 2:4 sparse tactics, else why not.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pattern: str
+    expected: bool
+    holds: bool
+    density: float
+    finding: str = ""
+    tensorrt: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found of a model or file.
+
+    Attributes:
+        subject: what was checked.
+        checks: one per weight.
+        problems: what is wrong beyond single weights.
+    """
+
+    subject: str
+    checks: tuple[WeightCheck, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether everything that has to hold does, and anything has to."""
+        expected = [c for c in self.checks if c.expected]
+        return bool(expected) and all(c.holds for c in expected) and not self.problems
+
+    @property
+    def failures(self) -> tuple[WeightCheck, ...]:
+        """Checks that had to hold and did not."""
+        return tuple(c for c in self.checks if c.expected and not c.holds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values."""
+        return {"holds": self.holds, **asdict(self)}
+
+    def __str__(self) -> str:
+        expected = [c for c in self.checks if c.expected]
+        ready = sum(not c.tensorrt for c in self.checks)
+        text = f"{sum(c.holds for c in expected)} of {len(expected)} weights hold; {ready} ready for 2:4 sparse tactics"
+        return "; ".join((text, *self.problems))
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.subject}: {self}", title_justify="left", header_style="bold")
+        for column in ("weight", "kind", "shape", "pattern", "TensorRT 2:4"):
+            table.add_column(column, overflow="fold", no_wrap=column in ("kind", "shape"))
+        for c in self.checks:
+            verdict = (
+                f"[green]{c.pattern} holds[/], {c.density:.0%} kept"
+                if c.holds
+                else f"[red]{c.pattern} fails[/]: {c.finding}"
+            )
+            if not c.expected:
+                verdict = f"[dim]left dense, {c.density:.0%} kept"
+            ready = f"[yellow]{c.tensorrt}" if c.tensorrt else "[green]ready"
+            shape = "x".join(map(str, c.shape))
+            table.add_row(c.name, c.kind, shape, verdict, ready)
+        return table
+
+
+def check_weight(
+    name: str, kind: str, weight: Tensor, pattern: Pattern, *, expected: bool, axis: int = 1, groups: int = 1
+) -> WeightCheck:
+    """Check one weight along its reduction axis.
+
+    Args:
+        name: of the site or node.
+        kind: of the layer or operator.
+        weight: as stored; ``shape[axis]`` counts the input channels of one group.
+        pattern: to check against.
+        expected: whether it has to hold.
+        axis: the reduction axis.
+        groups: of a convolution.
+    """
+    w_OSC = canonical(weight.detach(), axis)
+    shape, channels = tuple(weight.shape), w_OSC.shape[-1]
+    density = float((w_OSC != 0).float().mean())
+    tensorrt = _tensorrt_obstacle(w_OSC, groups)
+    if not pattern.divides(channels):
+        finding = f"{channels} input channels are not a multiple of {pattern.m}"
+        return WeightCheck(name, kind, shape, str(pattern), expected, False, density, finding, tensorrt)
+    check = check_blocks(w_OSC, pattern)
+    o, s, g = check.worst
+    finding = "" if check.holds else f"block {g} of output {o}, position {s} keeps {check.worst_count} of {pattern.m}"
+    return WeightCheck(name, kind, shape, str(pattern), expected, check.holds, density, finding, tensorrt)
+
+
+def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verification:
+    """Check every site of a model: those of its manifest, or without one all that the pattern fits.
+
+    Args:
+        model: converted, finalized or any other.
+        pattern: to check against; default each site's own, or 2:4.
+    """
+    manifest = find_manifest(model)
+    patterns = {e.name: Pattern.parse(e.pattern) for e in manifest.converted} if manifest else {}
+    checks = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LAYERS) or layer._parameters.get("weight") is None:
+            continue
+        own = layer.nm_told.pattern if isinstance(layer, Masked) else patterns.get(name)
+        wanted = pattern or own or DEFAULT
+        weight, groups = layer.weight, getattr(layer, "groups", 1)
+        assert isinstance(weight, Tensor)
+        fits = wanted.divides(weight.shape[1]) and groups == 1
+        expected = own is not None or (manifest is None and fits)
+        kind = layer.nm_base.__name__ if isinstance(layer, Masked) else type(layer).__name__
+        checks.append(check_weight(name, kind, weight, wanted, expected=expected, groups=groups))
+    return Verification(type(model).__name__, tuple(checks), () if checks else ("no Linear or convolution found",))
+
+
+def verify_tensors(subject: str, tensors: dict[str, Tensor], pattern: Pattern | None = None) -> Verification:
+    """Check the weights of a state_dict, where only names and shapes are known.
+
+    A tensor counts as a weight if it is called ``weight`` and has at least two axes; it has to hold if its second
+    axis is a multiple of M.
+    """
+    wanted = pattern or DEFAULT
+    checks = [
+        check_weight(name, f"{tensor.dim()}-D", tensor, wanted, expected=wanted.divides(tensor.shape[1]))
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[2] == "weight" and tensor.dim() >= 2 and tensor.is_floating_point()
+    ]
+    return Verification(subject, tuple(checks), () if checks else ("no weight with two or more axes found",))
+
+
+def _tensorrt_obstacle(w_OSC: Tensor, groups: int) -> str:
+    """Apply NVIDIA's rule: at most 2 non-zeros in every aligned quad of input channels, no grouped convolution."""
+    if groups > 1:
+        return "grouped convolution"
+    if w_OSC.shape[-1] % TENSOR_CORES.m:
+        return f"{w_OSC.shape[-1]} input channels are not a multiple of {TENSOR_CORES.m}"
+    return "" if check_blocks(w_OSC, TENSOR_CORES).holds else "more than 2 of 4 are non-zero"

@@ -1,0 +1,170 @@
+"""Hook the methods of a model's layers to an optimizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nmgraph.errors import TrainingError
+from nmgraph.layers.masked import Masked, masked_layers
+from nmgraph.methods.contract import Clock
+from nmgraph.nm.grouping import canonical, restore
+
+_log = logging.getLogger("nmgraph")
+
+
+class Controller:
+    """Runs every layer's ``update`` once per optimizer step, just before it.
+
+    All state lives in the model's buffers, so there is nothing to save here, and nothing of the optimizer is
+    changed. Made by ``nmgraph.attach``; a later one takes the layers over.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise TrainingError(
+                f"total_steps={total_steps!r} must be the number of optimizer steps of the whole run: 1 or more."
+            )
+        self.total_steps = total_steps
+        self._optimizer = optimizer
+        self._layers = _layers_trained_by(optimizer, model)
+        self._clocks: dict[str, tuple[Tensor, int, int]] = {}  # buffer, its version, the step it holds
+        self._fresh = True
+        self._take_over()
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done so far, those before a resume included."""
+        return max((int(layer.nm_clock[0]) for layer in self._layers.values()), default=0)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        return min(1.0, self.step / self.total_steps)
+
+    def detach(self) -> None:
+        """Stop updating: masks stay as they are, and the optimizer is as it was before ``attach``."""
+        self._release(list(self._layers))
+
+    def __repr__(self) -> str:
+        return f"Controller({len(self._layers)} sparse layers, step {self.step} of {self.total_steps})"
+
+    def _take_over(self) -> None:
+        for name, layer in self._layers.items():
+            previous = layer.nm_training.attached.get(layer.nm_site)
+            if isinstance(previous, Controller):
+                previous._release([n for n, own in previous._layers.items() if own is layer])
+            layer.nm_training.attached[layer.nm_site] = self
+            self._read_clock(name, layer)
+
+    def _release(self, names: Iterable[str]) -> None:
+        for name in names:
+            layer = self._layers.pop(name)
+            del layer.nm_training.attached[layer.nm_site]
+        if not self._layers:
+            self._hook.remove()
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._update()
+            return None
+        wrapped = _then_once(closure, self._update)  # this step's gradient does not exist before the closure ran
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        # A fused optimizer under GradScaler unscales, and skips, inside its kernel: the gradient here is scaled.
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        scale = getattr(self._optimizer, "grad_scale", None)
+        rates = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
+        moved = [self._read_clock(name, layer) for name, layer in self._layers.items()]
+        fresh, self._fresh = self._fresh or any(moved), False
+        for name, layer in self._layers.items():
+            step = self._advance_clock(name, layer)
+            if layer.nm_raw.grad is not None:
+                _update_layer(layer, Clock(step, self.total_steps, rates.get(id(layer.nm_raw), 0.0), fresh), scale)
+
+    def _read_clock(self, name: str, layer: Masked) -> bool:
+        """Read a clock again if loading or moving has changed it behind our back; tell whether it had."""
+        clock = layer.nm_clock
+        known = self._clocks.get(name)
+        if known is not None and known[0] is clock and known[1] == clock._version:
+            return False
+        step, total = clock.tolist()
+        if total not in (0, self.total_steps):
+            _log.warning(
+                "%s was %d of %d steps through its schedule; total_steps is %d now, so it goes on at %.1f%%.",
+                name, step, total, self.total_steps, 100 * min(1.0, step / self.total_steps),
+            )  # fmt: skip
+        clock[1] = self.total_steps
+        self._clocks[name] = (clock, clock._version, step)
+        return True
+
+    def _advance_clock(self, name: str, layer: Masked) -> int:
+        clock, _, step = self._clocks[name]
+        clock[0] += 1
+        self._clocks[name] = (clock, clock._version, step + 1)
+        return step
+
+
+def _layers_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, Masked]:
+    layers = masked_layers(model)
+    if not layers:
+        raise TrainingError(
+            f"{type(model).__name__} has no sparse layer. Convert it first: nmgraph.convert(model, method=...)."
+        )
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {name: layer for name, layer in layers.items() if id(layer.nm_raw) in trained}
+    if not held:
+        raise TrainingError(
+            f"the optimizer trains none of the {len(layers)} sparse weights ({next(iter(layers))}, ...). "
+            "Make it from the parameters() of this very model."
+        )
+    others = [name for name in layers if name not in held]
+    if others:
+        _log.warning(
+            "%d sparse layers are not trained by this optimizer, and keep their masks unless another one is attached: %s",
+            len(others), ", ".join(others[:4]),
+        )  # fmt: skip
+    return held
+
+
+def _update_layer(layer: Masked, clock: Clock, scale: Tensor | None) -> None:
+    raw, told = layer.nm_raw, layer.nm_told
+    assert raw.grad is not None
+    grad = raw.grad if scale is None else raw.grad / scale
+    update = told.method.update(
+        layer.nm_raw_OSC, canonical(grad, told.reduction_axis), layer.nm_state, told.pattern, clock
+    )
+    layer.nm_state = update.state
+    new = restore(update.grad, tuple(raw.shape), told.reduction_axis)
+    raw.grad.copy_(new if scale is None else new * scale)
+
+
+def _then_once(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:
+    """Call the closure, and after its first call the action: some optimizers evaluate it many times a step."""
+    pending = True
+
+    def wrapped() -> Any:
+        nonlocal pending
+        loss = closure()
+        if pending:
+            pending = False
+            action()
+        return loss
+
+    return wrapped
