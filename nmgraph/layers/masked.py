@@ -13,7 +13,6 @@ travel in ``state_dict``, move with ``.to()`` and are copied by ``deepcopy``.
 from __future__ import annotations
 
 import warnings
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +24,8 @@ from nmgraph.methods.contract import Operand
 from nmgraph.nm.grouping import canonical, restore
 
 PREFIX = "nm_"
+
+_CLASSES: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}  # one class for all layers of a kind
 
 
 class Training:
@@ -219,11 +220,14 @@ def masked_layers(model: nn.Module) -> dict[str, Masked]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Masked)}
 
 
-@cache
-def _masked_class(base: Any, splits_backward: bool) -> type[nn.Module]:
-    mixin = SplitMasked if splits_backward else Masked
-    # The base's own module: tracers take torch.nn's layers as leaves by it, and must go on doing so.
-    return type(f"NM{base.__name__}", (mixin, base), {"nm_base": base, "__module__": base.__module__})
+def _masked_class(base: type[nn.Module], splits_backward: bool) -> type[nn.Module]:
+    key = (base, splits_backward)
+    if key not in _CLASSES:
+        mixin: type[nn.Module] = SplitMasked if splits_backward else Masked
+        # The base's own __module__: tracers take torch.nn's layers as leaves by it, and must go on doing so.
+        names = {"nm_base": base, "__module__": base.__module__}
+        _CLASSES.setdefault(key, type(f"NM{base.__name__}", (mixin, base), names))
+    return _CLASSES[key]
 
 
 def _rebuild(base: type[nn.Module], splits_backward: bool) -> nn.Module:

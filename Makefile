@@ -1,0 +1,37 @@
+# make demo    convert, train, export and verify a real network on real images; under two minutes after the install
+# make test    the test suite
+# make lint    ruff, mypy
+# make bench   the slow tests and the benchmarks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint bench
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo_digits.py --out demo-output
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m "not slow" --cov=nmgraph --cov-report=term
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/conversion.py
+	$(BIN)/python benchmarks/step_time.py
+
+# torch comes first and pinned, so that nothing after it pulls another build; torchvision and timm (tests only) come
+# without their dependencies, for the same reason.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,test,lint]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision timm --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check huggingface_hub pyyaml --constraint constraints.txt
+	@touch $@

@@ -1,0 +1,45 @@
+"""What all tests share: torchvision made importable, seeds, and a way to run the installed command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SITE = Path(__file__).parent / "site"
+sys.path.insert(0, str(SITE))
+
+import sitecustomize  # noqa: E402
+
+if not hasattr(torch, "_nmgraph_tests_library"):  # another sitecustomize came first
+    sitecustomize = None
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("torchvision_operators", SITE / "sitecustomize.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_command(tmp_path):
+    """Run ``nmgraph ...`` as a person would: a new process, in an empty directory."""
+
+    def run(*arguments, cwd=tmp_path, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "nmgraph", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(SITE), "COLUMNS": "100", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

@@ -1,0 +1,29 @@
+"""The front door is small and frozen: a change here is a change for every user."""
+
+import nmgraph
+
+
+def test_front_door_is_what_the_design_names():
+    assert nmgraph.__all__ == [
+        "METHODS",
+        "NMGraphError",
+        "Pattern",
+        "attach",
+        "convert",
+        "export",
+        "finalize",
+        "load",
+        "manifest",
+        "save",
+        "verify",
+    ]
+    assert all(hasattr(nmgraph, name) for name in nmgraph.__all__)
+
+
+def test_export_stays_a_function_after_its_package_is_imported():
+    from nmgraph.export.bundle import write_bundle
+    from nmgraph.export.proof import verify_onnx
+
+    assert callable(nmgraph.export)
+    assert callable(write_bundle)
+    assert callable(verify_onnx)
