@@ -1,6 +1,7 @@
 """What all tests share: torchvision made importable, seeds, and a way to run the installed command."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +10,7 @@ import pytest
 import torch
 
 SITE = Path(__file__).parent / "site"
-sys.path.insert(0, str(SITE))
-
-import sitecustomize  # noqa: E402
-
-if not hasattr(torch, "_nmgraph_tests_library"):  # another sitecustomize came first
-    sitecustomize = None
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("torchvision_operators", SITE / "sitecustomize.py")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+runpy.run_path(str(SITE / "sitecustomize.py"))  # subprocesses find it through PYTHONPATH
 
 torch.set_num_threads(1)
 
