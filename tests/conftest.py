@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+collect_ignore = ["site"]
 SITE = Path(__file__).parent / "site"
 runpy.run_path(str(SITE / "sitecustomize.py"))  # subprocesses find it through PYTHONPATH
 
