@@ -115,11 +115,12 @@ class Masked(nn.Module):
 
     def _nm_in_own_shape(self, t_OSC: Tensor, raw: Tensor) -> Tensor:
         out = restore(t_OSC, tuple(raw.shape), self.nm_told.reduction_axis)
-        # A mask is sorted along C; without this, a convolution would be handed a channels_last weight, and
-        # answer with another memory format than the layer had before.
-        if raw.is_contiguous():
-            return out.contiguous()
-        if raw.dim() == 4 and raw.is_contiguous(memory_format=torch.channels_last):
+        # A mask is sorted along C; without this, a convolution would be handed a channels_last weight, choose other
+        # kernels for it, and answer with another memory format than the layer had before. For 1x1 kernels, too,
+        # where is_contiguous() is true of both.
+        if _has_plain_strides(raw):
+            return out.reshape(-1).view(raw.shape)
+        if raw.dim() == 4:
             return out.contiguous(memory_format=torch.channels_last)
         return out
 
@@ -228,6 +229,15 @@ def _masked_class(base: type[nn.Module], splits_backward: bool) -> type[nn.Modul
         names = {"nm_base": base, "__module__": base.__module__}
         _CLASSES.setdefault(key, type(f"NM{base.__name__}", (mixin, base), names))
     return _CLASSES[key]
+
+
+def _has_plain_strides(t: Tensor) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _rebuild(base: type[nn.Module], splits_backward: bool) -> nn.Module:
