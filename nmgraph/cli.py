@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -70,7 +71,8 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; modules in the current directory are found, after the installed ones."""
+    sys.path.append(os.getcwd())
     app()
 
 
@@ -140,9 +142,9 @@ def convert(
         )  # fmt: skip
         nmgraph.save(converted, out, factory=factory)
         found = nmgraph.manifest(converted)
-        _answer(
-            json, {"output": str(out), **found.to_dict()}, found, f"Wrote {out}. Train it, then: nmgraph export {out}"
-        )
+        again = f" --model {factory}" if factory else ""
+        note = f"Wrote {out}. Train it, then: nmgraph export {out}{again}"
+        _answer(json, {"output": str(out), **found.to_dict()}, found, note)
 
 
 @app.command()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import sys
 
 from torch import nn
 
@@ -13,7 +11,7 @@ from nmgraph.errors import FileError, MissingPackageError
 
 
 def call_factory(factory: str) -> nn.Module:
-    """Import ``pkg.mod:factory`` and call it without arguments; the current directory is searched, too.
+    """Import ``pkg.mod:factory`` and call it without arguments.
 
     Raises:
         FileError: if the text has another form, there is no such function, or it gives no module.
@@ -22,8 +20,6 @@ def call_factory(factory: str) -> nn.Module:
     match = re.fullmatch(r"([\w.]+):([\w.]+)", factory)
     if match is None:
         raise FileError(f"{factory!r} does not name a function. Write --model package.module:function.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(match[1])
     except Exception as error:

@@ -109,13 +109,24 @@ def _resolve(names: Sequence[str], file: str, trust: Sequence[str]) -> list[Any]
     packages = (*PACKAGES, *trust)
     foreign = [name for name in names if name not in _FUNCTIONS and not _inside(name, packages)]
     if foreign:
-        roots = sorted({name.partition(".")[0] for name in foreign})
         raise UntrustedError(
             f"{file} names code outside the trusted packages, so nothing was loaded or run:\n  "
-            + "\n  ".join(sorted(foreign)) + "\nIf you know where the file comes from, import and run that code with "
-            + " ".join(f"--trust {root}" for root in roots) + f" (in Python: trust={roots})."
-        )  # fmt: skip
+            + "\n  ".join(sorted(foreign))
+            + f"\n{_remedy({name.partition('.')[0] for name in foreign})}"
+        )
     return [(_import(name, file, trust), name) for name in names]
+
+
+def _remedy(roots: set[str]) -> str:
+    if "nmgraph" in roots:
+        return "It seems to be a converted model, pickled whole: write it with nmgraph.save(model, path) instead."
+    if "__main__" in roots:
+        return (
+            "Classes of __main__ belong to the script that saved them, and can't be found again. Move them to a module, "
+            "or save model.state_dict() and say what makes the model: --model package.module:function."
+        )
+    flags = " ".join(f"--trust {root}" for root in sorted(roots))
+    return f"If you know where it comes from, import and run that code with {flags} (in Python: trust={sorted(roots)})."
 
 
 def _inside(name: str, packages: Sequence[str]) -> bool:
