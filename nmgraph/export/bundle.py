@@ -117,7 +117,7 @@ def write_bundle(
         progress("checking weights")
         weights = verify_model(model)
         if inputs is not None:
-            inputs, path = inputs.to(dtype), temporary / "model.onnx"
+            inputs, path = inputs.on_cpu(dtype), temporary / "model.onnx"
             progress("writing ONNX")
             write_onnx(model, inputs, path, manifest)
             progress("proving N:M on the ONNX file")

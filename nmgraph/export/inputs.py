@@ -64,11 +64,11 @@ class Inputs:
         named = [("", t) for t in self.args] + list(self.kwargs.items())
         return tuple((tuple(t.shape), str(t.dtype).removeprefix("torch."), name) for name, t in named)
 
-    def to(self, dtype: torch.dtype) -> Inputs:
-        """Give floating-point inputs another dtype."""
+    def on_cpu(self, dtype: torch.dtype) -> Inputs:
+        """Move them to the CPU, and give floating-point ones another dtype."""
 
         def cast(t: Tensor) -> Tensor:
-            return t.to(dtype) if t.is_floating_point() else t
+            return t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype)
 
         return Inputs(tuple(map(cast, self.args)), {k: cast(t) for k, t in self.kwargs.items()}, self.source)
 

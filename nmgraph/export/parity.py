@@ -65,7 +65,7 @@ class Parity:
     def __str__(self) -> str:
         if self.diverging is not None:
             return f"output {self.diverging.name} is off by {self.diverging.relative_error:.1e} (accepted: {self.tolerance:.0e})"
-        return f"{len(self.outputs)} outputs within {self.worst:.1e} (accepted: {self.tolerance:.0e})"
+        return f"largest relative error {self.worst:.1e} of {len(self.outputs)} output(s) (accepted: {self.tolerance:.0e})"
 
 
 def compare(model: nn.Module, path: Path, inputs: Inputs, dtype: torch.dtype) -> Parity:

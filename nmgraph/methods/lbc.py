@@ -124,7 +124,12 @@ class LBC(Method[LBCState]):
         return Update(state, grad_OSC)
 
     def conclude(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> LBCState:
-        return self._remove(state, 1, pattern)
+        # Blocks whose scores never moved - a model that was not trained, a channel that is dead - know nothing but
+        # their weights.
+        a_OSGM = blocks(state.accumulator, pattern.m)
+        magnitude_OSGM = blocks(w_OSC.abs().to(a_OSGM.dtype), pattern.m)
+        a_OSGM = torch.where((a_OSGM == 0).all(-1, keepdim=True), magnitude_OSGM, a_OSGM)
+        return self._remove(state._replace(accumulator=a_OSGM.flatten(-2)), 1, pattern)
 
     def _train_scores(self, w_OSC: Tensor, grad_OSC: Tensor, state: LBCState, clock: Clock) -> LBCState:
         a, v = state.accumulator, state.velocity

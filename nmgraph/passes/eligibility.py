@@ -89,7 +89,7 @@ def judge(site: Site, pattern: Pattern) -> Refusal | None:
         return None
     what = "input features" if len(site.shape) == 2 else "input channels"
     fits = pattern.fitting(site.channels)
-    remedy = f"choose {fits[0]} for it" if fits else "no usual pattern fits"
+    remedy = f"choose {fits[0]} for it" if fits else ""
     return Refusal(f"{site.channels} {what} are not a multiple of {pattern.m}", remedy)
 
 

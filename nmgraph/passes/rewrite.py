@@ -71,9 +71,9 @@ def decide(sites: Sequence[Site], recipe: Recipe, skip: Sequence[str], layers: M
         if any(fnmatchcase(site.name, glob) for glob in skip):
             refusal = Refusal("left dense on request", "")
         elif refusal is not None and site.name in layers:
+            instead = f"{refusal.remedy.capitalize()}, or leave" if refusal.remedy else "Leave"
             raise PatternError(
-                f"{site.name}: {refusal.reason}, so it can't become {pattern}. {refusal.remedy.capitalize()}, "
-                f"or leave it dense with --skip {site.name}."
+                f"{site.name}: {refusal.reason}, so it can't become {pattern}. {instead} it dense with --skip {site.name}."
             )
         unsupported = None if refusal else recipe.method.refusal(pattern)
         if unsupported:

@@ -1,0 +1,100 @@
+"""What can only be seen on a GPU. Skipped elsewhere."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nmgraph
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+METHODS = sorted(nmgraph.METHODS)
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 16))
+
+
+def batches(steps, device):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(16, 8, 8, 8, generator=generator)
+        yield x.to(device), torch.randint(0, 16, (16,), generator=generator).to(device)
+
+
+def train(model, optimizer, steps, *, scaler=None, dtype=None):
+    device = next(model.parameters()).device
+    for x, y in batches(steps, device):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+            loss = nn.functional.cross_entropy(model(x), y)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    return loss.item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_of_a_step_are_those_of_the_cpu(method):
+    on_cpu = nmgraph.convert(network(), method=method)
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    assert torch.equal(on_cpu[0].nm_mask(), on_gpu[0].nm_mask().cpu())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    lambda p: torch.optim.AdamW(p, 1e-3, fused=True),
+    lambda p: torch.optim.AdamW(p, torch.tensor(1e-3), capturable=True),
+], ids=["sgd", "fused", "capturable"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_trains_to_exact_patterns(method, make, dtype):
+    model = nmgraph.convert(network().cuda(), method=method)
+    optimizer = make(model.parameters())
+    nmgraph.attach(model, optimizer, total_steps=20)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0) if dtype == torch.float16 else None
+    train(model, optimizer, 20, scaler=scaler, dtype=dtype)
+    assert nmgraph.verify(nmgraph.finalize(model)).holds
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_run_equals_one_that_never_stopped(method):
+    def start():
+        torch.manual_seed(0)
+        model = nmgraph.convert(network().cuda(), method=method)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        nmgraph.attach(model, optimizer, total_steps=12)
+        return model, optimizer
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        model, optimizer = start()
+        train(model, optimizer, 6)
+        resumed, resumed_optimizer = start()
+        resumed.load_state_dict(model.state_dict())
+        resumed_optimizer.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, 6)
+        train(resumed, resumed_optimizer, 6)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_model_answers_as_the_eager_one(method):
+    model = nmgraph.convert(network().cuda(), method=method).eval()
+    x = torch.randn(4, 8, 8, 8, device="cuda")
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_export_of_a_model_on_the_gpu(tmp_path):
+    model = nmgraph.convert(network().cuda(), method="srste")
+    assert nmgraph.export(model, tmp_path / "out", example_inputs=torch.randn(1, 8, 8, 8)).holds
+    assert next(model.parameters()).is_cuda
