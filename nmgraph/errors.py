@@ -51,3 +51,9 @@ class ExportError(NMGraphError):
 
 class MissingPackageError(NMGraphError, ImportError):
     """A package that is needed could not be imported."""
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of what a foreign error says, or its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

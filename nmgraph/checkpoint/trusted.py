@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from nmgraph.errors import FileError, MissingPackageError, UntrustedError
+from nmgraph.errors import FileError, MissingPackageError, UntrustedError, first_line
 
 PACKAGES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm", "transformers")
 """Packages whose module classes are trusted, when they are installed."""
@@ -30,6 +30,14 @@ _FUNCTIONS = frozenset(
                  "softmax", "log_softmax", "softplus", "hardtanh", "hardswish", "hardsigmoid")
 ) | {"functools.partial", "torch._C._nn.gelu"}  # fmt: skip
 """What a module may hold besides modules: calling these does nothing but compute."""
+
+
+_CONFIGS = frozenset(
+    f"transformers.{name}"
+    for name in ("configuration_utils.PretrainedConfig", "configuration_utils.PreTrainedConfig",
+                 "generation.configuration_utils.GenerationConfig")
+)  # fmt: skip
+"""Base classes of the configurations that Hugging Face models hold."""
 
 
 def load_trusted(file: str | Path | IO[bytes], name: str, trust: Sequence[str] = ()) -> Any:
@@ -61,8 +69,9 @@ def load_trusted(file: str | Path | IO[bytes], name: str, trust: Sequence[str] =
         raise
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, TypeError,
             IndexError, zipfile.BadZipFile) as error:  # fmt: skip
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileError(f"{name} can't be read: {reason}. It may be truncated, or no file of torch.save.") from error
+        raise FileError(
+            f"{name} can't be read: {first_line(error)}. It may be truncated, or no file of torch.save."
+        ) from error
 
 
 def require_model_file(path: Path) -> None:
@@ -141,8 +150,7 @@ def _import(name: str, file: str, trust: Sequence[str]) -> Any:
         raise FileError(
             f"{file} needs {name}, which the installed {name.partition('.')[0]} does not have. Install the version it was saved with."
         ) from error
-    is_class = isinstance(value, type) and issubclass(value, (nn.Module, enum.Enum))
-    if is_class or name in _FUNCTIONS or _inside(name, trust):
+    if name in _FUNCTIONS or _inside(name, trust) or (isinstance(value, type) and _only_holds_values(value)):
         return value
     raise UntrustedError(
         f"{file} names {name}, which is no layer class, so nothing was loaded or run. If you know where the file comes "
@@ -150,13 +158,17 @@ def _import(name: str, file: str, trust: Sequence[str]) -> Any:
     )
 
 
+def _only_holds_values(cls: type) -> bool:
+    bases = {f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__}
+    return issubclass(cls, (nn.Module, enum.Enum)) or not bases.isdisjoint(_CONFIGS)
+
+
 def _import_module(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:
         # Whatever an import raises (torchvision beside another torch: RuntimeError), the file is not to blame.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MissingPackageError(
-            f"the model needs the package {module.partition('.')[0]}, which could not be imported: {reason}. "
+            f"the model needs the package {module.partition('.')[0]}, which could not be imported: {first_line(error)}. "
             "Install it, in a version that fits your torch."
         ) from error

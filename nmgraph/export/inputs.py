@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nmgraph.errors import ExportError
+from nmgraph.errors import ExportError, first_line
 from nmgraph.passes.manifest import Manifest
 
 DTYPES = {
@@ -47,8 +47,7 @@ class Inputs:
                 return model(*self.args, **self.kwargs)
         except Exception as error:
             # The model is foreign code; what it raises on inputs it does not take can be anything.
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ExportError(f"{type(model).__name__} does not take the inputs {self}: {reason}") from error
+            raise ExportError(f"{type(model).__name__} does not take the inputs {self}: {first_line(error)}") from error
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """Run the model, and give all tensors of its answer."""

@@ -16,7 +16,7 @@ import onnx
 import torch
 from torch import nn
 
-from nmgraph.errors import ExportError
+from nmgraph.errors import ExportError, first_line
 from nmgraph.export.inputs import Inputs
 from nmgraph.passes.manifest import Manifest
 
@@ -45,7 +45,7 @@ def write_onnx(model: nn.Module, inputs: Inputs, path: Path, manifest: Manifest 
         # torch.export and the exporter raise many kinds; all mean that this model is not exportable as it is.
         cause = error.__cause__ or error
         raise ExportError(
-            f"{type(model).__name__} can't be exported to ONNX: {str(cause).strip().splitlines()[0]} "
+            f"{type(model).__name__} can't be exported to ONNX: {first_line(cause)} "
             f"({type(cause).__name__}). The dense model has to export with torch.onnx.export(dynamo=True) first."
         ) from error
     assert program is not None

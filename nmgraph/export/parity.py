@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from nmgraph.errors import ExportError
+from nmgraph.errors import ExportError, first_line
 from nmgraph.export.inputs import Inputs
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -65,7 +65,9 @@ class Parity:
     def __str__(self) -> str:
         if self.diverging is not None:
             return f"output {self.diverging.name} is off by {self.diverging.relative_error:.1e} (accepted: {self.tolerance:.0e})"
-        return f"largest relative error {self.worst:.1e} of {len(self.outputs)} output(s) (accepted: {self.tolerance:.0e})"
+        return (
+            f"largest relative error {self.worst:.1e} of {len(self.outputs)} output(s) (accepted: {self.tolerance:.0e})"
+        )
 
 
 def compare(model: nn.Module, path: Path, inputs: Inputs, dtype: torch.dtype) -> Parity:
@@ -90,7 +92,7 @@ def compare(model: nn.Module, path: Path, inputs: Inputs, dtype: torch.dtype) ->
         found = session.run(None, {name: values[name].numpy() for name in names})
     except Exception as error:
         # onnxruntime raises classes of its own, without a common base that is public.
-        raise ExportError(f"ONNX Runtime can't run {path.name}: {str(error).strip().splitlines()[0]}") from error
+        raise ExportError(f"ONNX Runtime can't run {path.name}: {first_line(error)}") from error
     outputs = [o.name for o in session.get_outputs()]
     if len(outputs) != len(expected):
         raise ExportError(f"{path.name} has {len(outputs)} outputs, the model {len(expected)}.")

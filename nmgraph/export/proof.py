@@ -19,7 +19,7 @@ import torch
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from nmgraph.errors import FileError
+from nmgraph.errors import FileError, first_line
 from nmgraph.export.onnx_file import SITES_KEY, read_manifest
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.verification import DEFAULT, Verification, WeightCheck, check_weight
@@ -56,8 +56,7 @@ def load_onnx(path: Path) -> onnx.ModelProto:
         model = onnx.load(str(path))
         onnx.checker.check_model(model, full_check=False)
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileError(f"{path} can't be read as ONNX: {reason}.") from error
+        raise FileError(f"{path} can't be read as ONNX: {first_line(error)}.") from error
     return model
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from nmgraph.errors import ConversionError
+from nmgraph.errors import ConversionError, first_line
 from nmgraph.layers.masked import Masked
 
 ATOMS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Masked)
@@ -98,7 +98,7 @@ def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None) ->
                 graph = tracer.trace(root)
         except Exception as error:
             # Any error at all: the code being traced is the user's, and the answer is a leaf, never a crash.
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"{type(error).__name__}: {first_line(error)}"
             if tracer.failed is None or type(tracer.failed) in leaves:
                 return Trace(root, None, reason, _named(leaves))
             leaves[type(tracer.failed)] = reason
