@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import find_sites
 from nmgraph.passes.finalize import fold, require_finished
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
-from nmgraph.passes.rewrite import Decision, decide, require_finite, require_some, rewrite
+from nmgraph.passes.rewrite import Plan, decide, require_finite, require_some, rewrite
 from nmgraph.passes.trace import copy_structure, count_calls, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.training.controller import Controller
@@ -92,17 +93,17 @@ def convert(
         raise ConversionError(f"a {type(model).__name__} can't be converted; give a torch.nn.Module.")
     recipe = Recipe(make_method(method, method_options), Pattern.parse(pattern))
     inputs = None if example_inputs is None else make_inputs(example_inputs)
-    decisions = plan(model, recipe, inputs=inputs, skip=skip, layers=layers, progress=progress)
-    require_some(decisions, model)
-    require_finite(decisions)
+    planned = plan(model, recipe, inputs=inputs, skip=skip, layers=layers, progress=progress)
+    require_some(planned.decisions, model)
+    require_finite(planned.decisions)
     if mode == "graph":
         model = _as_graph(model, inputs)
         reached = {name for name, _ in model.named_modules()}
-        decisions = [d for d in decisions if d.refusal or d.site.name in reached]
+        used = tuple(d for d in planned.decisions if d.refusal or d.site.name in reached)
+        planned = replace(planned, decisions=used)
     progress("rewriting layers")
-    rewrite(model, {d.site.name: d.recipe for d in decisions if d.refusal is None})
-    shapes = () if inputs is None else inputs.shapes()
-    write_manifest(model, Manifest(recipe.method.name, tuple(d.entry() for d in decisions), inputs=shapes))
+    rewrite(model, planned.recipes)
+    write_manifest(model, planned.manifest(() if inputs is None else inputs.shapes()))
     return model
 
 
@@ -114,7 +115,7 @@ def plan(
     skip: Sequence[str] = (),
     layers: Mapping[str, str | Pattern] | None = None,
     progress: Progress = _silent,
-) -> list[Decision]:
+) -> Plan:
     """Decide for every site what ``convert`` would make of it, and change nothing.
 
     Raises:
@@ -131,7 +132,8 @@ def plan(
     if inputs is not None:
         used.calls = count_calls(model, inputs.call)
     patterns = {glob: Pattern.parse(p) for glob, p in (layers or {}).items()}
-    return decide(find_sites(model, used), recipe, skip, patterns)
+    decisions = decide(find_sites(model, used), recipe, skip, patterns)
+    return Plan(recipe.method.name, tuple(decisions), used.untraced)
 
 
 def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Controller:

@@ -28,7 +28,6 @@ from nmgraph.layers.masked import masked_layers
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import METHODS, make_method
 from nmgraph.nm.pattern import Pattern
-from nmgraph.passes.manifest import Manifest
 
 FINE, FAILED, MISUSED = 0, 1, 2
 _EXPORT_STAGES, _CONVERT_STAGES = 6, 2
@@ -108,8 +107,7 @@ def inspect(
     with _answering(json, debug), _progress(json, 1) as progress:
         recipe = Recipe(make_method(method), Pattern.parse(pattern))
         dense = api.open_dense(model, factory=factory, trust=trust)
-        decisions = api.plan(dense, recipe, inputs=_inputs(input), progress=progress)
-        found = Manifest(method, tuple(d.entry() for d in decisions))
+        found = api.plan(dense, recipe, inputs=_inputs(input), progress=progress).manifest()
         _answer(json, found.to_dict(), found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
@@ -56,14 +56,15 @@ class Manifest:
     Attributes:
         method: name of the training method.
         entries: all sites, in the model's order.
-        notes: what could not be followed while tracing, by module.
         inputs: (shape, dtype, name) of the example inputs, where any were given.
+        untraced: modules and classes whose forward could not be followed, with the reason; a product with a bare
+            parameter inside them is not listed.
     """
 
     method: str
     entries: tuple[Entry, ...]
-    notes: dict[str, str] = field(default_factory=dict)
     inputs: tuple[tuple[tuple[int, ...], str, str], ...] = ()
+    untraced: dict[str, str] = field(default_factory=dict)
 
     @property
     def converted(self) -> tuple[Entry, ...]:
@@ -81,6 +82,14 @@ class Manifest:
         total = sum(e.parameters for e in self.entries)
         return sum(e.parameters for e in self.converted) / total if total else 0.0
 
+    def seen_from(self, path: str) -> Manifest:
+        """Give the manifest of a module at ``path`` with the names that its owner uses; its inputs are not the owner's."""
+        if not path:
+            return self
+        entries = (replace(e, name=f"{path}.{e.name}".rstrip(".")) for e in self.entries)
+        untraced = {f"{path}.{name}": reason for name, reason in self.untraced.items()}
+        return Manifest(self.method, tuple(entries), (), untraced)
+
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
         return asdict(self)
@@ -95,7 +104,7 @@ class Manifest:
         values = json.loads(text)
         entries = tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in values["entries"])
         inputs = tuple((tuple(shape), dtype, name) for shape, dtype, name in values["inputs"])
-        return cls(values["method"], entries, values["notes"], inputs)
+        return cls(values["method"], entries, inputs, values["untraced"])
 
     def __str__(self) -> str:
         return (
@@ -112,6 +121,9 @@ class Manifest:
                 decision += f"; [dim]{entry.remedy}"
             shape = "x".join(map(str, entry.shape))
             table.add_row(entry.name, entry.kind, shape, entry.pattern if entry.converted else "-", decision)
+        if self.untraced:
+            table.caption = "Not followed: " + "; ".join(f"{name} ({why})" for name, why in self.untraced.items())
+            table.caption_justify = "left"
         return table
 
 
@@ -124,12 +136,17 @@ def write_manifest(model: nn.Module, manifest: Manifest) -> None:
 
 
 def find_manifest(model: nn.Module) -> Manifest | None:
-    """Find the manifest of a model, or of the model inside a wrapper."""
-    for module in model.modules():
+    """Find the manifest of a model, or those of converted models inside it, with their names as seen from here."""
+    found: list[Manifest] = []
+    for path, module in model.named_modules():
         text = module.meta.get(_ATTRIBUTE) if isinstance(module, fx.GraphModule) else module.__dict__.get(_ATTRIBUTE)
         if text is not None:
-            return Manifest.from_json(text)
-    return None
+            found.append(Manifest.from_json(text).seen_from(path))
+    if not found:
+        return None
+    methods = "+".join(dict.fromkeys(m.method for m in found))
+    untraced = {name: reason for m in found for name, reason in m.untraced.items()}
+    return Manifest(methods, tuple(e for m in found for e in m.entries), found[0].inputs, untraced)
 
 
 def require_manifest(model: nn.Module) -> Manifest:

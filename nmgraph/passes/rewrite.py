@@ -15,7 +15,31 @@ from nmgraph.layers.masked import Training, sparsify, unmask
 from nmgraph.layers.recipe import Recipe
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import Refusal, Site, judge
-from nmgraph.passes.manifest import Entry
+from nmgraph.passes.manifest import Entry, Manifest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do.
+
+    Attributes:
+        method: name of the training method.
+        decisions: one per site, in the model's order.
+        untraced: what the trace could not follow.
+    """
+
+    method: str
+    decisions: tuple[Decision, ...]
+    untraced: dict[str, str]
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """What the sites to convert become, by name."""
+        return {d.site.name: d.recipe for d in self.decisions if d.refusal is None}
+
+    def manifest(self, inputs: tuple[tuple[tuple[int, ...], str, str], ...] = ()) -> Manifest:
+        """Give the record of it."""
+        return Manifest(self.method, tuple(d.entry() for d in self.decisions), inputs, self.untraced)
 
 
 @dataclass(frozen=True)
@@ -35,7 +59,7 @@ class Decision:
             shape=site.shape,
             pattern=str(self.recipe.pattern),
             converted=refusal is None,
-            how="class" if refusal is None else "",
+            how="in place" if refusal is None else "",
             calls=site.calls,
             reason=refusal.reason if refusal else "",
             remedy=refusal.remedy if refusal else "",
