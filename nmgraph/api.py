@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +23,12 @@ from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import make_method
 from nmgraph.methods.contract import Method
 from nmgraph.nm.pattern import Pattern
-from nmgraph.passes.eligibility import find_sites
+from nmgraph.passes.eligibility import LAYERS, find_sites
 from nmgraph.passes.finalize import fold, require_finished
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
 from nmgraph.passes.rewrite import Plan, decide, require_finite, require_some, rewrite
-from nmgraph.passes.trace import copy_structure, count_calls, trace_both_modes, uses
+from nmgraph.passes.structure import copy_structure, duplicate, share_parameters
+from nmgraph.passes.trace import count_calls, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.training.controller import Controller
 
@@ -178,13 +178,7 @@ def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
         raise ConversionError(f"{type(model).__name__} is finalized already.")
     if not force:
         require_finished(model)
-    try:
-        finished = copy.deepcopy(model)
-    except Exception as error:
-        raise ConversionError(
-            f"{type(model).__name__} cannot be copied: {error}. Remove what it keeps besides its layers "
-            "(cached activations, open files, locks) before finalizing."
-        ) from error
+    finished = copy_structure(model, duplicate)
     fold(finished)
     return finished
 
@@ -265,7 +259,7 @@ def export(
     require_writable(directory, overwrite=force)
     recorded = require_manifest(model)
     progress("finalizing")
-    finished = finalize(model, force=force) if masked_layers(model) else copy.deepcopy(model)
+    finished = finalize(model, force=force) if masked_layers(model) else copy_structure(model, duplicate)
     finished = finished.cpu().eval()
 
     from nmgraph.export.bundle import write_bundle  # onnx and onnxruntime take a second to import
@@ -344,7 +338,7 @@ def state_of(content: Any, path: Path) -> dict[str, Any]:
         FileError: if there is none.
     """
     if isinstance(content, Mapping):
-        for candidate in (content, content.get("state_dict"), content.get("model"), content.get("model_state_dict")):
+        for candidate in (*(content.get(key) for key in ("state_dict", "model", "model_state_dict")), content):
             if isinstance(candidate, Mapping) and any(isinstance(v, torch.Tensor) for v in candidate.values()):
                 return dict(candidate)
     raise FileError(f"{path} holds a {type(content).__name__}: neither a module nor a state_dict.")
@@ -358,7 +352,13 @@ def _as_graph(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     traced = trace_both_modes(model)
     assert traced.graph is not None
     graph_module = fx.GraphModule(traced.root, traced.graph, type(model).__name__)
-    if inputs is not None and not inputs.same_answer(copy_structure(model).eval(), copy_structure(graph_module).eval()):
+    for node in traced.graph.nodes:
+        # fx copies a parameter that the forward reads, not the layer around it, which has to mask it.
+        owner = str(node.target).rpartition(".")[0]
+        if node.op == "get_attr" and isinstance(traced.root.get_submodule(owner), LAYERS):
+            graph_module.add_submodule(owner, traced.root.get_submodule(owner))
+    copies = [copy_structure(m, share_parameters).eval() for m in (model, graph_module)]
+    if inputs is not None and not inputs.same_answer(*copies):
         raise ConversionError(
             f"the graph of {type(model).__name__} does not answer as the model does: its forward depends on values "
             'that a graph bakes in. Use mode="auto".'

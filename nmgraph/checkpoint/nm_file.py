@@ -34,7 +34,7 @@ from nmgraph.layers.masked import Masked, masked_layers, unmask
 from nmgraph.layers.recipe import Recipe
 from nmgraph.passes.manifest import Manifest, find_manifest, write_manifest
 from nmgraph.passes.rewrite import rewrite
-from nmgraph.passes.trace import copy_structure
+from nmgraph.passes.structure import copy_structure, duplicate
 
 FORMAT = "nmgraph"
 VERSION = 1
@@ -125,7 +125,7 @@ def _pickled_skeleton(model: nn.Module) -> Tensor:
 
     def empty(tensor: Tensor) -> Tensor:
         if id(tensor) not in persistent:
-            return tensor.detach().cpu().clone()
+            return duplicate(tensor).cpu()
         stand_in = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
         return nn.Parameter(stand_in, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
 

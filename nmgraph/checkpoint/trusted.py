@@ -93,7 +93,12 @@ def require_model_file(path: Path) -> None:
         raise FileError(f"{path} is empty.")
     if start == b"PK\x03\x04":
         _require_whole_zip(path)
-    elif not start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    elif start[0] == 0x80 and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
+        raise FileError(
+            f"{path} is a plain pickle, or in an older format of torch.save. If you trust it, load it in Python and save "
+            "it again with torch.save(model, ...)."
+        )
+    else:
         raise FileError(
             f"{path} is not a model file: save one with torch.save(model, ...) or nmgraph.save(model, ...)."
         )

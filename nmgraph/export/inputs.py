@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nmgraph.errors import ExportError, first_line
 from nmgraph.passes.manifest import Manifest
+from nmgraph.passes.structure import copy_structure, share_parameters
 
 DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64,
@@ -127,7 +128,7 @@ def find_inputs(model: nn.Module, manifest: Manifest | None) -> Inputs:
     tried = []
     for inputs in _candidates(model, manifest):
         try:
-            inputs.call(model)
+            inputs.call(copy_structure(model, share_parameters))
         except ExportError as error:
             tried.append(str(error))
         else:

@@ -26,7 +26,8 @@ class _Route(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, input_gradient: InputGradient) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.input_gradient, ctx.dtype = input_gradient, x.dtype
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # a view could not be changed in place by the activation that follows
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -48,6 +49,8 @@ def split_forward(
     if isinstance(layer, nn.Linear):
         y = F.linear(x.detach(), forward, layer.bias)
         return _routed(y, x, backward, lambda dy, weight: dy @ weight)
+    if x.dim() < backward.dim():
+        return split_forward(layer, x.unsqueeze(0), forward, backward).squeeze(0)
     conv_input = next(f for kind, f in _CONV_INPUT_GRADIENTS.items() if isinstance(layer, kind))
     padding: tuple[int, ...] | int
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):

@@ -51,7 +51,7 @@ class Masked(nn.Module):
     nm_site: str
     nm_told: Recipe
     nm_training: Training
-    nm_seen_version: int | None
+    nm_at_gradient: float | None
     nm_clock: Tensor
     nm_recipe: Tensor
 
@@ -92,11 +92,12 @@ class Masked(nn.Module):
 
     def nm_operand(self) -> Operand:
         """Compute what this layer multiplies by, each in the raw parameter's shape and memory format."""
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._nm_watch_training()
         told, raw = self.nm_told, self.nm_raw
-        operand = told.method.operand(self.nm_raw_OSC, self.nm_state, told.pattern)
-        return Operand(*(None if part is None else self._nm_in_own_shape(part, raw) for part in operand))  # type: ignore[arg-type]
+        forward, backward = told.method.operand(self.nm_raw_OSC, self.nm_state, told.pattern)
+        forward = self._nm_in_own_shape(forward, raw)
+        if not torch.compiler.is_compiling():
+            self._nm_watch_training(forward)
+        return Operand(forward, None if backward is None else self._nm_in_own_shape(backward, raw))
 
     def nm_mask(self) -> Tensor:
         """Compute the current forward mask: bool, in the raw parameter's shape."""
@@ -124,21 +125,30 @@ class Masked(nn.Module):
             return out.contiguous(memory_format=torch.channels_last)
         return out
 
-    def _nm_watch_training(self) -> None:
-        """Warn once if the weight is being trained without the steps of its method."""
-        shared, version = self.nm_training, self.nm_raw._version
-        trained_between_forwards = self.nm_seen_version is not None and version > self.nm_seen_version
-        self.nm_seen_version = version
-        if not trained_between_forwards or shared.warned or self.nm_site in shared.attached:
+    def _nm_watch_training(self, operand: Tensor) -> None:
+        """Warn once if the weight has changed since a gradient came back, and no optimizer runs the method's steps."""
+        shared, method = self.nm_training, self.nm_told.method
+        if not (self.training and operand.requires_grad and method.needs_attach):
             return
-        if self.nm_told.method.needs_attach:
-            shared.warned = True
-            warnings.warn(
-                f"{self.nm_site} is trained with the method {self.nm_told.method.name}, but no optimizer is attached: "
-                "its masks do not move. After making the optimizer, add: "
-                "nmgraph.attach(model, optimizer, total_steps=...)",
-                stacklevel=4,
-            )
+        if shared.warned or self.nm_site in shared.attached:
+            return
+        if self.nm_at_gradient is None or self.nm_at_gradient == self._nm_fingerprint():
+            operand.register_hook(self._nm_note_gradient)  # type: ignore[no-untyped-call]
+            return
+        shared.warned = True
+        warnings.warn(
+            f"{self.nm_site} is trained with the method {method.name}, but no optimizer is attached: "
+            f"{method.unattached}. After making the optimizer, add: "
+            "nmgraph.attach(model, optimizer, total_steps=...)",
+            stacklevel=4,
+        )
+
+    def _nm_note_gradient(self, gradient: Tensor) -> None:
+        self.nm_at_gradient = self._nm_fingerprint()
+
+    def _nm_fingerprint(self) -> float:
+        # Not the tensor's version: fused optimizers do not count it up.
+        return float(self.nm_raw.detach().flatten()[:256].double().sum())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         floats = {
@@ -150,7 +160,6 @@ class Masked(nn.Module):
             after = self._buffers[key]
             if after is not None and after.dtype != before.dtype:
                 self._buffers[key] = before.to(device=after.device)
-        self.nm_seen_version = None
         return self
 
     def _load_from_state_dict(
@@ -167,7 +176,7 @@ class Masked(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.nm_seen_version = None
+        self.nm_at_gradient = None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly, so a pickle names the layer's own class and makes it again.
@@ -203,7 +212,7 @@ def sparsify(layer: nn.Module, site: str, recipe: Recipe, training: Training) ->
         layer.register_buffer(PREFIX + name, value)
     layer.register_buffer("nm_clock", torch.zeros(2, dtype=torch.int64, device=raw.device))  # steps done, total
     layer.register_buffer("nm_recipe", recipe.to_tensor().to(raw.device))
-    layer.nm_site, layer.nm_told, layer.nm_training, layer.nm_seen_version = site, recipe, training, None  # type: ignore[assignment]
+    layer.nm_site, layer.nm_told, layer.nm_training, layer.nm_at_gradient = site, recipe, training, None  # type: ignore[assignment]
     layer.__class__ = _masked_class(type(layer), recipe.method.splits_backward)
 
 
@@ -212,7 +221,7 @@ def unmask(layer: Masked) -> None:
     for name in [name for name in layer._buffers if name.startswith(PREFIX)]:
         delattr(layer, name)
     layer.__class__ = layer.nm_base  # type: ignore[assignment]
-    for name in ("nm_site", "nm_told", "nm_training", "nm_seen_version"):
+    for name in ("nm_site", "nm_told", "nm_training", "nm_at_gradient"):
         delattr(layer, name)
 
 

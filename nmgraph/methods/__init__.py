@@ -34,18 +34,17 @@ def make_method(method: str | Method[Any], options: dict[str, Any] | None = None
     if method not in METHODS:
         raise MethodError(f"there is no method {method!r}.{_near(str(method), list(METHODS))} See `nmgraph methods`.")
     cls = METHODS[method]
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls)}
     for key, value in options.items():
-        if key not in fields:
-            raise MethodError(f"{method} has no option {key!r}.{_near(key, list(fields))}")
-        expected = type(fields[key].default)
+        if key not in defaults:
+            raise MethodError(f"{method} has no option {key!r}.{_near(key, list(defaults))}")
+        expected = type(defaults[key])
         if isinstance(value, bool) is not (expected is bool) or not isinstance(
             value, (int, float) if expected is float else expected
         ):
-            raise MethodError(
-                f"{method}: {key}={value!r} should be a {expected.__name__}, like {fields[key].default!r}."
-            )
-    return cls(**options)
+            raise MethodError(f"{method}: {key}={value!r} should be a {expected.__name__}, like {defaults[key]!r}.")
+    # 0 for 0.0 is the same option, and has to look the same in a checkpoint.
+    return cls(**{key: type(defaults[key])(value) for key, value in options.items()})
 
 
 def _near(word: str, known: list[str]) -> str:

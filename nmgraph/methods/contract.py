@@ -74,7 +74,8 @@ class Method(ABC, Generic[State]):
     """One published idea. Subclasses are frozen dataclasses: configuration and method at once.
 
     Class attributes say what ``nmgraph methods`` shows: ``name``, ``title``, ``paper``, ``gradient`` (how the
-    weight's gradient flows), ``state_cost`` and ``time_cost``; ``state_type`` is the NamedTuple of its state.
+    weight's gradient flows), ``state_cost`` and ``time_cost``; ``unattached`` says what is
+    missing in training without ``attach``; ``state_type`` is the NamedTuple of its state.
     """
 
     name: ClassVar[str]
@@ -83,6 +84,7 @@ class Method(ABC, Generic[State]):
     gradient: ClassVar[str]
     state_cost: ClassVar[str]
     time_cost: ClassVar[str]
+    unattached: ClassVar[str]
     state_type: ClassVar[type[tuple[Any, ...]]]
     splits_backward: ClassVar[bool] = False  # True where operand() always gives a backward weight
 

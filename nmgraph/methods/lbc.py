@@ -70,6 +70,7 @@ class LBC(Method[LBCState]):
     gradient: ClassVar[str] = "masked: only kept weights need one"
     state_cost: ClassVar[str] = "9 bytes + C(M,N)/8M bytes per weight"
     time_cost: ClassVar[str] = "elementwise per step; a sort per removal"
+    unattached: ClassVar[str] = "its masks do not move"
     state_type: ClassVar[type[tuple[Any, ...]]] = LBCState
 
     t_i: float = 0.0
@@ -120,16 +121,11 @@ class LBC(Method[LBCState]):
         if alive_before > 1:  # else the phase is static
             state = self._train_scores(w_OSC, grad_OSC, state, clock)
         if alive_left < alive_before or clock.fresh:
-            state = self._remove(state, alive_left, pattern)
+            state = self._remove(w_OSC, state, alive_left, pattern)
         return Update(state, grad_OSC)
 
     def conclude(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> LBCState:
-        # Blocks whose scores never moved - a model that was not trained, a channel that is dead - know nothing but
-        # their weights.
-        a_OSGM = blocks(state.accumulator, pattern.m)
-        magnitude_OSGM = blocks(w_OSC.abs().to(a_OSGM.dtype), pattern.m)
-        a_OSGM = torch.where((a_OSGM == 0).all(-1, keepdim=True), magnitude_OSGM, a_OSGM)
-        return self._remove(state._replace(accumulator=a_OSGM.flatten(-2)), 1, pattern)
+        return self._remove(w_OSC, state, 1, pattern)
 
     def _train_scores(self, w_OSC: Tensor, grad_OSC: Tensor, state: LBCState, clock: Clock) -> LBCState:
         a, v = state.accumulator, state.velocity
@@ -139,11 +135,14 @@ class LBC(Method[LBCState]):
         v = self.momentum * v + salience + self.score_decay * a
         return state._replace(accumulator=a - clock.learning_rate * v, velocity=v)
 
-    def _remove(self, state: LBCState, keep: int, pattern: Pattern) -> LBCState:
+    def _remove(self, w_OSC: Tensor, state: LBCState, keep: int, pattern: Pattern) -> LBCState:
         """Leave the ``keep`` best of the living combinations of every block (Eq. 5)."""
         members_CN, holds_CM = _members(pattern, state.alive.device)
         alive_RB = state.alive.flatten(0, 2)
         a_RM = blocks(state.accumulator, pattern.m).flatten(0, 2)
+        # A block whose scores never moved (a dead channel, a model that was not trained) knows only its weights.
+        magnitude_RM = blocks(w_OSC.abs().to(a_RM.dtype), pattern.m).flatten(0, 2)
+        a_RM = torch.where((a_RM == 0).all(-1, keepdim=True), magnitude_RM, a_RM)
         rows = max(1, _CHUNK_ELEMENTS // members_CN.numel())
         kept_bits, masks = [], []
         for bits_RB, chunk_RM in zip(torch.split(alive_RB, rows), torch.split(a_RM, rows), strict=True):

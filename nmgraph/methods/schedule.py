@@ -13,7 +13,7 @@ def ramp(progress: float, start: float, end: float) -> float:
     """
     if progress >= end:
         return 1.0
-    return max(0.0, (progress - start) / (end - start))
+    return (progress - start) / (end - start) if progress > start else 0.0
 
 
 def cubic(x: float) -> float:

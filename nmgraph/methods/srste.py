@@ -40,6 +40,7 @@ class SRSTE(Method[SRSTEState]):
     gradient: ClassVar[str] = "dense, straight through; masked weights decay"
     state_cost: ClassVar[str] = "none"
     time_cost: ClassVar[str] = "one sort of every block per forward"
+    unattached: ClassVar[str] = "masked weights do not decay"
     state_type: ClassVar[type[tuple[Any, ...]]] = SRSTEState
 
     decay: float = 2e-4

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from nmgraph.layers.masked import Masked
 from nmgraph.nm.pattern import Pattern
-from nmgraph.passes.trace import Uses, copy_structure
+from nmgraph.passes.structure import copy_structure
+from nmgraph.passes.trace import Uses
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers that can be converted, with the input channels of a group at axis 1 of the weight."""
@@ -89,7 +90,7 @@ def judge(site: Site, pattern: Pattern) -> Refusal | None:
         return None
     what = "input features" if len(site.shape) == 2 else "input channels"
     fits = pattern.fitting(site.channels)
-    remedy = f"choose {fits[0]} for it" if fits else ""
+    remedy = f"choose {fits[0]} for it" if fits else "no usual pattern fits"
     return Refusal(f"{site.channels} {what} are not a multiple of {pattern.m}", remedy)
 
 

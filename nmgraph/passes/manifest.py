@@ -138,9 +138,11 @@ def write_manifest(model: nn.Module, manifest: Manifest) -> None:
 def find_manifest(model: nn.Module) -> Manifest | None:
     """Find the manifest of a model, or those of converted models inside it, with their names as seen from here."""
     found: list[Manifest] = []
+    owners: list[str] = []  # what was said of a part before its owner was converted is history
     for path, module in model.named_modules():
         text = module.meta.get(_ATTRIBUTE) if isinstance(module, fx.GraphModule) else module.__dict__.get(_ATTRIBUTE)
-        if text is not None:
+        if text is not None and not any(path.startswith(f"{owner}." if owner else "") for owner in owners):
+            owners.append(path)
             found.append(Manifest.from_json(text).seen_from(path))
     if not found:
         return None

@@ -95,7 +95,8 @@ def decide(sites: Sequence[Site], recipe: Recipe, skip: Sequence[str], layers: M
         if any(fnmatchcase(site.name, glob) for glob in skip):
             refusal = Refusal("left dense on request", "")
         elif refusal is not None and site.name in layers:
-            instead = f"{refusal.remedy.capitalize()}, or leave" if refusal.remedy else "Leave"
+            nothing_fits = site.obstacle is None and not pattern.fitting(site.channels)
+            instead = "Leave" if nothing_fits else f"{refusal.remedy[0].upper()}{refusal.remedy[1:]}, or leave"
             raise PatternError(
                 f"{site.name}: {refusal.reason}, so it can't become {pattern}. {instead} it dense with --skip {site.name}."
             )

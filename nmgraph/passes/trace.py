@@ -7,7 +7,7 @@ place, training and evaluation mode are both traced, and what differs between th
 
 from __future__ import annotations
 
-import copy
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,37 +16,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from nmgraph.errors import ConversionError, first_line
 from nmgraph.layers.masked import Masked
+from nmgraph.passes.structure import copy_structure, share, share_parameters
 
 ATOMS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Masked)
 """Modules that a trace never enters, whatever their subclass does."""
 
-MULTIPLICATIONS: dict[Callable[..., Any], int] = {
-    F.linear: 1, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1, F.conv_transpose1d: 1, F.conv_transpose2d: 1,
-    F.conv_transpose3d: 1, torch.matmul: 1, torch.mm: 1, torch.bmm: 1, torch.addmm: 2,
+_LAYER_FUNCTIONS = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 }  # fmt: skip
-"""Functions that multiply by a weight, and the position of that argument."""
-
-
-def copy_structure(model: nn.Module, replace: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
-    """Copy the modules but not the tensors: parameters and buffers are shared, or what ``replace`` makes of them.
-
-    Raises:
-        ConversionError: if an attribute of the model cannot be copied.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    memo = {id(t): t if replace is None else replace(t) for t in tensors}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ConversionError(
-            f"{type(model).__name__} cannot be copied: {error}. Remove what it keeps besides its layers "
-            "(cached activations, open files, locks) before converting."
-        ) from error
+_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, operator.matmul}
+_PRODUCT_METHODS = {"matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
+_MOVES = {"t", "transpose", "permute", "to", "type_as", "float", "half", "bfloat16", "contiguous"}
+_TURNS = {"T", "mT", "H", "mH"}
 
 
 @dataclass(frozen=True)
@@ -88,13 +74,15 @@ class _Tracer(fx.Tracer):
 
 def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None) -> Trace:
     """Trace in the model's present mode; types that cannot be traced become leaves. The model is not touched."""
-    root = copy_structure(model)
+    root = copy_structure(model, share)
     leaves = dict(leaves or {})
     while True:
         tracer = _Tracer(leaves)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
+                # Another seed for each mode, so that a random draw that gets baked in shows as a difference.
+                torch.default_generator.manual_seed(int(root.training))
                 graph = tracer.trace(root)
         except Exception as error:
             # Any error at all: the code being traced is the user's, and the answer is a leaf, never a crash.
@@ -124,9 +112,7 @@ def trace_both_modes(model: nn.Module) -> Trace:
                     f'{type(model).__name__} cannot be traced as a whole ({traced.failure}). Use mode="auto", which '
                     "converts its layers in place and needs no graph."
                 )
-        assert train.graph is not None
-        assert evaluate.graph is not None
-        difference = _first_difference(train.graph, evaluate.graph)
+        difference = _first_difference(train, evaluate)
         if difference is None:
             return Trace(train.root, train.graph, None, train.leaves | evaluate.leaves)
         stack = list((difference.meta.get("nn_module_stack") or {}).values())
@@ -164,11 +150,13 @@ def uses(model: nn.Module) -> Uses:
 
 def count_calls(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
     """Run a copy in evaluation mode, and count the calls of every module by qualified name."""
-    watched = copy_structure(model).eval()
+    watched = copy_structure(model, share_parameters).eval()
     calls: Counter[str] = Counter()
     for name, module in watched.named_modules():
         module.register_forward_pre_hook(lambda _module, _args, name=name: calls.update([name]))
-    run(watched)
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        run(watched)
     return calls
 
 
@@ -178,54 +166,74 @@ def _collect(module: nn.Module, prefix: str, found: Uses) -> None:
     if traced.graph is None:
         if type(module).forward is not nn.Module.forward:  # containers have none to follow
             found.untraced[f"{prefix.rstrip('.') or '(root)'}"] = traced.failure or ""
-        for name, child in module.named_children():
-            if not isinstance(child, ATOMS) and any(True for _ in child.children()):
-                _collect(child, f"{prefix}{name}.", found)
+        _collect_children(module, prefix, found)
         return
     for node in traced.graph.nodes:
         if node.op == "call_module":
             found.calls[prefix + str(node.target)] += 1
-        for parameter, function in _parameter_product(node, traced.root):
+            called = traced.root.get_submodule(str(node.target))
+            if _type_name(type(called)) in traced.leaves:
+                _collect_children(called, f"{prefix}{node.target}.", found)
+        for parameter, function in _parameter_products(node, traced.root):
             found.functional.append((prefix + parameter, function))
 
 
-def _parameter_product(node: fx.Node, root: nn.Module) -> Iterator[tuple[str, str]]:
-    if node.op == "call_function" and node.target in MULTIPLICATIONS:
-        position = MULTIPLICATIONS[node.target]
-        weight = node.args[position] if len(node.args) > position else node.kwargs.get("weight")
-        function = getattr(node.target, "__name__", str(node.target))
-    elif node.op == "call_method" and node.target in ("matmul", "mm", "__matmul__") and len(node.args) > 1:
-        weight, function = node.args[1], str(node.target)
-    elif node.op == "call_function" and getattr(node.target, "__name__", "") == "matmul":  # the operator @
-        weight, function = node.args[1], "matmul"
-    else:
-        return
-    while (
-        isinstance(weight, fx.Node)
-        and weight.op == "call_method"
-        and weight.target in ("t", "transpose", "permute", "to")
+def _collect_children(module: nn.Module, prefix: str, found: Uses) -> None:
+    for name, child in module.named_children():
+        if not isinstance(child, ATOMS):
+            _collect(child, f"{prefix}{name}.", found)
+
+
+def _parameter_products(node: fx.Node, root: nn.Module) -> Iterator[tuple[str, str]]:
+    """List (parameter, function) of a product in which a bare parameter takes part."""
+    operands = node.all_input_nodes
+    if node.op == "call_function" and node.target in _LAYER_FUNCTIONS:
+        operands = [n for n in operands if n is not node.args[0]]  # a learned input is no weight
+    elif not (node.op == "call_function" and node.target in _PRODUCTS) and not (
+        node.op == "call_method" and node.target in _PRODUCT_METHODS
     ):
-        weight = weight.args[0]
-    if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target) in dict(root.named_parameters()):
-        yield str(weight.target), function
+        return
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    for operand in operands:
+        name = _bare_attribute(operand)
+        if name in parameters and parameters[name].dim() > 1:  # a bias is none either
+            yield name, getattr(node.target, "__name__", str(node.target)).strip("_")
 
 
-def _first_difference(train: fx.Graph, evaluate: fx.Graph) -> fx.Node | None:
-    left: list[fx.Node] = list(train.nodes)
-    right: list[fx.Node] = list(evaluate.nodes)
+def _bare_attribute(node: fx.Node) -> str:
+    """Name the attribute that a node gives, as it is or only moved and converted; empty if it gives none."""
+    while node.op != "get_attr":
+        moved = node.op == "call_method" and node.target in _MOVES
+        turned = node.op == "call_function" and node.target is getattr and node.args[1] in _TURNS
+        source = node.args[0] if moved or turned else None
+        if not isinstance(source, fx.Node):
+            return ""
+        node = source
+    return str(node.target)
+
+
+def _first_difference(train: Trace, evaluate: Trace) -> fx.Node | None:
+    left, right = _nodes(train), _nodes(evaluate)
     place = {node: i for nodes in (left, right) for i, node in enumerate(nodes)}
 
-    def signature(node: fx.Node) -> tuple[Any, ...]:
+    def signature(node: fx.Node, root: nn.Module) -> tuple[Any, ...]:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{place[n]}")
-        return node.op, str(node.target), repr(arguments)
+        # What a forward computed without its inputs is baked in as a constant; a random draw differs each time.
+        constant = node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
+        value = getattr(root, str(node.target)).tolist() if constant else None
+        return node.op, str(node.target), repr(arguments), repr(value)
 
     for a, b in zip(left, right, strict=False):
-        if signature(a) != signature(b):
+        if signature(a, train.root) != signature(b, evaluate.root):
             depth_a, depth_b = (len(n.meta.get("nn_module_stack") or {}) for n in (a, b))
             return a if depth_a >= depth_b else b
     if len(left) != len(right):
         return max(left, right, key=len)[min(len(left), len(right))]
     return None
+
+
+def _nodes(traced: Trace) -> list[fx.Node]:
+    return [] if traced.graph is None else list(traced.graph.nodes)
 
 
 @contextmanager
@@ -242,4 +250,8 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _named(leaves: dict[type[nn.Module], str]) -> dict[str, str]:
-    return {f"{kind.__module__}.{kind.__qualname__}": reason for kind, reason in leaves.items()}
+    return {_type_name(kind): reason for kind, reason in leaves.items()}
+
+
+def _type_name(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,11 +30,7 @@ class Controller:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise TrainingError(
-                f"total_steps={total_steps!r} must be the number of optimizer steps of the whole run: 1 or more."
-            )
-        self.total_steps = total_steps
+        self.total_steps = _count(total_steps)
         self._optimizer = optimizer
         self._layers = _layers_trained_by(optimizer, model)
         self._clocks: dict[str, tuple[Tensor, int, int]] = {}  # buffer, its version, the step it holds
@@ -95,8 +92,8 @@ class Controller:
         fresh, self._fresh = self._fresh or any(moved), False
         for name, layer in self._layers.items():
             step = self._advance_clock(name, layer)
-            if layer.nm_raw.grad is not None:
-                _update_layer(layer, Clock(step, self.total_steps, rates.get(id(layer.nm_raw), 0.0), fresh), scale)
+            clock = Clock(step, self.total_steps, rates.get(id(layer.nm_raw), 0.0), fresh)
+            _update_layer(layer, clock, scale)
 
     def _read_clock(self, name: str, layer: Masked) -> bool:
         """Read a clock again if loading or moving has changed it behind our back; tell whether it had."""
@@ -145,14 +142,27 @@ def _layers_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, Mask
 
 def _update_layer(layer: Masked, clock: Clock, scale: Tensor | None) -> None:
     raw, told = layer.nm_raw, layer.nm_told
-    assert raw.grad is not None
-    grad = raw.grad if scale is None else raw.grad / scale
-    update = told.method.update(
-        layer.nm_raw_OSC, canonical(grad, told.reduction_axis), layer.nm_state, told.pattern, clock
-    )
+    grad = raw.grad
+    # A layer that took no part in this step has no gradient; its schedule goes on all the same.
+    seen = torch.zeros_like(raw) if grad is None else grad if scale is None else grad / scale
+    seen_OSC = canonical(seen, told.reduction_axis)
+    update = told.method.update(layer.nm_raw_OSC, seen_OSC, layer.nm_state, told.pattern, clock)
     layer.nm_state = update.state
-    new = restore(update.grad, tuple(raw.shape), told.reduction_axis)
-    raw.grad.copy_(new if scale is None else new * scale)
+    if grad is not None and update.grad is not seen_OSC:
+        new = restore(update.grad, tuple(raw.shape), told.reduction_axis)
+        grad.copy_(new if scale is None else new * scale)
+
+
+def _count(total_steps: Any) -> int:
+    try:
+        count = 0 if isinstance(total_steps, bool) else operator.index(total_steps)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise TrainingError(
+            f"total_steps={total_steps!r} must be the number of optimizer steps of the whole run: 1 or more."
+        )
+    return count
 
 
 def _then_once(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:

@@ -1,0 +1,62 @@
+"""Copy a model's modules, and choose what becomes of its tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from nmgraph.errors import ConversionError
+
+
+def share(tensor: Tensor) -> Tensor:
+    """Keep the tensor itself."""
+    return tensor
+
+
+def share_parameters(tensor: Tensor) -> Tensor:
+    """Keep a parameter itself, but copy any other tensor: a forward may change buffers."""
+    return tensor if isinstance(tensor, nn.Parameter) else duplicate(tensor)
+
+
+def duplicate(tensor: Tensor) -> Tensor:
+    """Copy the tensor; one that is part of a graph of autograd is cut from it, as no copy of it can be a part."""
+    return copy.deepcopy(tensor) if tensor.is_leaf else tensor.detach().clone()
+
+
+def copy_structure(model: nn.Module, become: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Copy all modules and what they hold, except for tensors: each becomes, once, what ``become`` makes of it.
+
+    Raises:
+        ConversionError: if something that a module holds cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(model):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = become(tensor)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__} can't be copied: {error}. Remove what it holds besides layers and values, such as "
+            "open files or locks."
+        ) from error
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Find every tensor a module holds, also activations that a forward has put on it."""
+    for module in model.modules():
+        yield from _inside(module.__dict__)
+
+
+def _inside(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _inside(inner)
+    elif isinstance(value, (list, tuple, set)):
+        for inner in value:
+            yield from _inside(inner)
