@@ -210,13 +210,18 @@ def verify(
 
         return verify_onnx(load_onnx(path), path.name, wanted)
     if path.suffix == ".safetensors":
-        return verify_tensors(path.name, load_safetensors(path), wanted)
+        tensors, recorded = load_safetensors(path)
+        return verify_tensors(path.name, tensors, wanted, recorded)
     content = load_trusted(path, str(path), trust)
     if is_nm_file(content):
         return verify_model(read_nm_file(content, str(path), _made(model), trust), wanted)
     if isinstance(content, nn.Module):
         return verify_model(content, wanted)
-    return verify_tensors(path.name, state_of(content, path), wanted)
+    state, dense = state_of(content, path), _made(model)
+    if dense is None:
+        return verify_tensors(path.name, state, wanted)
+    load_weights(dense, state, str(path))
+    return verify_model(dense, wanted)
 
 
 def export(
@@ -255,18 +260,20 @@ def export(
         require_tensorrt()
     if not onnx and not safetensors:
         raise ExportError("there is nothing to export: leave onnx on, or ask for safetensors.")
-    directory = Path(directory)
+    from nmgraph.export.bundle import dtype_of, write_bundle  # onnx and onnxruntime take a second to import
+
+    dtype, directory = dtype_of(precision, onnx), Path(directory)
     require_writable(directory, overwrite=force)
     recorded = require_manifest(model)
     progress("finalizing")
     finished = finalize(model, force=force) if masked_layers(model) else copy_structure(model, duplicate)
-    finished = finished.cpu().eval()
-
-    from nmgraph.export.bundle import write_bundle  # onnx and onnxruntime take a second to import
-
+    finished = finished.to("cpu", dtype).eval()
     inputs = None
-    if onnx:
-        inputs = find_inputs(finished, recorded) if example_inputs is None else make_inputs(example_inputs)
+    if onnx and example_inputs is None:
+        inputs = find_inputs(finished, recorded, dtype)
+    elif onnx:
+        inputs = make_inputs(example_inputs).on_cpu(dtype)
+        inputs.call(copy_structure(finished, share_parameters))  # wrong ones are said here, in plain words
     return write_bundle(
         finished, directory, recorded, inputs=inputs, precision=precision, safetensors=safetensors, progress=progress
     )

@@ -305,7 +305,7 @@ def _complain(json: bool, debug: bool, message: str) -> None:
 @contextmanager
 def _progress(json: bool, stages: int) -> Iterator[Callable[[str], None]]:
     """Show a bar on stderr while a person waits; none where nobody watches."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # kept: the exporter's own output to stderr is silenced meanwhile
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=json or not console.is_terminal) as bar:
         task = bar.add_task("reading", total=stages + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,8 +51,12 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def directory_written_atomically(path: Path) -> Iterator[Path]:
+def directory_written_atomically(path: Path, ours: Collection[str] | None = None) -> Iterator[Path]:
     """Give a temporary directory to fill; on success it takes the place of ``path``, and an old one is removed.
+
+    Args:
+        path: the directory to make.
+        ours: names in an old directory that go with it, by default all; whatever else lies there is taken along.
 
     Raises:
         FileError: if the system refuses; an old directory is unchanged then.
@@ -62,17 +66,31 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
+            if ours is not None and path.is_dir():
+                _take_along(path, temporary, ours)
             for file in temporary.rglob("*"):
                 _sync(file)
             if path.exists():
                 path.rename(replaced)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(path)
+                raise
             _sync(path.absolute().parent)
             _remove(replaced)
         except OSError as error:
             raise FileError(f"{path} could not be written: {error.strerror or error}.") from error
     finally:
         _remove(temporary)
+
+
+def _take_along(old: Path, new: Path, ours: Collection[str]) -> None:
+    for entry in old.iterdir():
+        if entry.name not in ours:
+            copy = shutil.copytree if entry.is_dir() else shutil.copy2
+            copy(entry, new / entry.name)
 
 
 def _sync(path: Path) -> None:

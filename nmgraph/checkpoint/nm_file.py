@@ -30,7 +30,7 @@ from nmgraph.checkpoint.factory import load_weights
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import FileError
 from nmgraph.files import written_atomically
-from nmgraph.layers.masked import Masked, masked_layers, unmask
+from nmgraph.layers.masked import PREFIX, masked_layers, unmask
 from nmgraph.layers.recipe import Recipe
 from nmgraph.passes.manifest import Manifest, find_manifest, write_manifest
 from nmgraph.passes.rewrite import rewrite
@@ -97,27 +97,55 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
         recipes = {site: Recipe.from_dict(values) for site, values in content["recipes"].items()}
         manifest = Manifest.from_json(content["manifest"])
         state, factory, skeleton = content["state"], content["factory"], content["module"]
+        shapes = {key: tuple(t.shape) for key, t in state.items() if isinstance(t, Tensor) and not _ours(key)}
+        stored = None if skeleton is None else io.BytesIO(skeleton.numpy().tobytes())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"{name} is damaged: {type(error).__name__}: {error}.") from error
+    if model is None and stored is None:
+        raise FileError(
+            f"{name} was made with --model {factory}. Making the model runs that code, so name it again: "
+            f"--model {factory}, or in Python model={str(factory).replace(':', '.')}()."
+        )
     if model is None:
-        if skeleton is None:
-            raise FileError(
-                f"{name} was made with --model {factory}. Making the model runs that code, so name it again: "
-                f"--model {factory}, or in Python model={factory.replace(':', '.')}()."
-            )
-        model = load_trusted(io.BytesIO(bytes(skeleton.numpy().tobytes())), f"the module in {name}", trust)
+        assert stored is not None
+        model = load_trusted(stored, f"the module in {name}", trust)
         if not isinstance(model, nn.Module):
             raise FileError(f"{name} is damaged: it holds a {type(model).__name__} in place of a module.")
         _give_tensors(model, state)
-    missing = [site for site in recipes if not _has_weight(model, site)]
-    if missing:
+    if masked_layers(model):
         raise FileError(
-            f"{name} was made from another model: {type(model).__name__} has no layer {', '.join(missing[:4])}."
+            f"{name} can't be loaded into this {type(model).__name__}, which is converted already. Give the dense model."
         )
+    _require_same_shapes(model, shapes, name)
+    missing = [
+        site for site in recipes if not isinstance(getattr(model.get_submodule(site), "weight", None), nn.Parameter)
+    ]
+    if missing:
+        raise FileError(f"{name} is damaged: {', '.join(missing[:4])} holds no weight to make sparse.")
     rewrite(model, recipes)
     write_manifest(model, manifest)
     load_weights(model, state, name)
     return model
+
+
+def _ours(key: str) -> bool:
+    return key.rpartition(".")[2].startswith(PREFIX)
+
+
+def _require_same_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], name: str) -> None:
+    own = {key: tuple(t.shape) for key, t in model.state_dict().items() if isinstance(t, Tensor)}
+    found = [f"{key} is missing in the file" for key in own if key not in shapes]
+    found += [f"{key} is not in the model" for key in shapes if key not in own]
+    found += [
+        f"{key} is {'x'.join(map(str, shapes[key]))} in the file, {'x'.join(map(str, size))} in the model"
+        for key, size in own.items()
+        if key in shapes and shapes[key] != size
+    ]
+    if found:
+        more = f"\n  and {len(found) - 8} more" if len(found) > 8 else ""
+        raise FileError(
+            f"{name} was made from another model than this {type(model).__name__}:\n  " + "\n  ".join(found[:8]) + more
+        )
 
 
 def _pickled_skeleton(model: nn.Module) -> Tensor:
@@ -148,11 +176,3 @@ def _give_tensors(skeleton: nn.Module, state: dict[str, Tensor]) -> None:
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and name in state:
             tensor.data = torch.empty_like(state[name], dtype=tensor.dtype)
-
-
-def _has_weight(model: nn.Module, site: str) -> bool:
-    try:
-        layer = model.get_submodule(site)
-    except AttributeError:
-        return False
-    return not isinstance(layer, Masked) and isinstance(layer._parameters.get("weight"), nn.Parameter)

@@ -19,9 +19,10 @@ from nmgraph.export.onnx_file import write_onnx
 from nmgraph.export.parity import Parity, compare
 from nmgraph.export.proof import load_onnx, verify_onnx
 from nmgraph.files import directory_written_atomically
-from nmgraph.passes.manifest import Manifest
+from nmgraph.passes.manifest import MANIFEST_KEY, Manifest
 from nmgraph.passes.verification import Verification, verify_model
 
+_OURS = ("model.onnx", "model.onnx.data", "model.safetensors", "manifest.json", "report.json")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -85,6 +86,22 @@ class ExportReport:
         return table
 
 
+def dtype_of(precision: str, onnx: bool) -> torch.dtype:
+    """Give the dtype of a precision.
+
+    Raises:
+        ExportError: if there is none, or an ONNX file in it could not be compared.
+    """
+    if precision not in PRECISIONS:
+        raise ExportError(f"there is no precision {precision!r}. Choose one of {', '.join(PRECISIONS)}.")
+    if precision == "bf16" and onnx:
+        raise ExportError(
+            "ONNX Runtime has no bfloat16 kernels on the CPU, so a bf16 ONNX file could not be compared. Choose fp16 or "
+            "fp32, or write only the weights with --no-onnx --safetensors."
+        )
+    return PRECISIONS[precision]
+
+
 def write_bundle(
     model: nn.Module, directory: Path, manifest: Manifest, *, inputs: Inputs | None, precision: str, safetensors: bool,
     progress: Callable[[str], None],
@@ -92,41 +109,32 @@ def write_bundle(
     """Write a finalized model.
 
     Args:
-        model: ordinary layers, in eval mode, on the CPU; it is given the precision.
+        model: ordinary layers, in eval mode, on the CPU, in the precision.
         directory: appears whole, in place of an old one.
         manifest: of the conversion.
         inputs: to write ONNX with; None writes none.
-        precision: ``fp32``, ``fp16`` or ``bf16``.
+        precision: what the weights are in.
         safetensors: write the finalized weights as ``model.safetensors``.
         progress: called with what begins.
 
     Raises:
         ExportError: if the model cannot be exported; nothing is written then.
     """
-    if precision not in PRECISIONS:
-        raise ExportError(f"there is no precision {precision!r}. Choose one of {', '.join(PRECISIONS)}.")
-    if precision == "bf16" and inputs is not None:
-        raise ExportError(
-            "ONNX Runtime has no bfloat16 kernels on the CPU, so a bf16 ONNX file could not be compared. Choose fp16 or "
-            "fp32, or write only the weights with --no-onnx --safetensors."
-        )
-    dtype = PRECISIONS[precision]
-    model = model.to(dtype)
     onnx_proof, parity = None, None
-    with directory_written_atomically(directory) as temporary:
+    with directory_written_atomically(directory, _OURS) as temporary:
         progress("checking weights")
         weights = verify_model(model)
         if inputs is not None:
-            inputs, path = inputs.on_cpu(dtype), temporary / "model.onnx"
+            path = temporary / "model.onnx"
             progress("writing ONNX")
             write_onnx(model, inputs, path, manifest)
             progress("proving N:M on the ONNX file")
             onnx_proof = verify_onnx(load_onnx(path), "model.onnx")
             progress("comparing with ONNX Runtime")
-            parity = compare(model, path, inputs, dtype)
+            parity = compare(model, path, inputs, PRECISIONS[precision])
         if safetensors:
             progress("writing safetensors")
-            save_model(model, str(temporary / "model.safetensors"), {"format": "pt"})
+            save_model(model, str(temporary / "model.safetensors"), {"format": "pt", MANIFEST_KEY: manifest.to_json()})
         (temporary / "manifest.json").write_text(manifest.to_json() + "\n")
         files = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
         found = ExportReport(directory, files, precision, str(inputs or ""), weights, onnx_proof, parity)

@@ -119,14 +119,15 @@ def parse_inputs(texts: Sequence[str]) -> Inputs:
     return Inputs(tuple(args), kwargs, "values made up")
 
 
-def find_inputs(model: nn.Module, manifest: Manifest | None) -> Inputs:
+def find_inputs(model: nn.Module, manifest: Manifest | None, dtype: torch.dtype = torch.float32) -> Inputs:
     """Find inputs the model takes: those it was converted with, or the usual ones for its first layer.
 
     Raises:
         ExportError: if none of them runs.
     """
     tried = []
-    for inputs in _candidates(model, manifest):
+    for candidate in _candidates(model, manifest):
+        inputs = candidate.on_cpu(dtype)
         try:
             inputs.call(copy_structure(model, share_parameters))
         except ExportError as error:

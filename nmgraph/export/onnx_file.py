@@ -8,7 +8,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,9 @@ from torch import nn
 
 from nmgraph.errors import ExportError, first_line
 from nmgraph.export.inputs import Inputs
-from nmgraph.passes.manifest import Manifest
+from nmgraph.passes.manifest import MANIFEST_KEY, Manifest
 
-MANIFEST_KEY = "nmgraph.manifest"
-SITES_KEY = "nmgraph.sites"  # {initializer: site}
+SITES_KEY = "nmgraph.sites"  # {initializer: [site, ...]}
 INLINE_LIMIT = 1 << 30  # bytes; a protobuf file ends at 2 GiB
 
 
@@ -38,7 +38,7 @@ def write_onnx(model: nn.Module, inputs: Inputs, path: Path, manifest: Manifest 
         ExportError: if torch.export cannot follow the model.
     """
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(model, inputs.args, kwargs=inputs.kwargs, dynamo=True, verbose=False)
     except Exception as error:
@@ -58,27 +58,36 @@ def write_onnx(model: nn.Module, inputs: Inputs, path: Path, manifest: Manifest 
     program.save(str(path), external_data=size > INLINE_LIMIT)
 
 
-def name_sites(initializers: Mapping[str, np.ndarray], model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
-    """Tell which initializer holds which site's weight: by name where the exporter kept it, else by content.
+def name_sites(initializers: Mapping[str, np.ndarray], model: nn.Module, sites: Sequence[str]) -> dict[str, list[str]]:
+    """Tell which initializer holds which sites' weights: by name where the exporter kept it, else by content.
 
-    Constant folding renames a weight when it transposes it, so the content is compared straight and transposed.
+    Constant folding renames a weight when it transposes it, so the content is compared straight and transposed. Of
+    equal weights each site gets an initializer of its own as far as there are enough: an exporter may merge them.
     """
-    weights = {site: np.asarray(model.get_submodule(site).get_parameter("weight").detach().float()) for site in sites}
-    by_content = {_fingerprint(w): site for site, w in weights.items()}
-    by_content |= {_fingerprint(w.T): site for site, w in weights.items() if w.ndim == 2}
-    named = {}
+    named = {name: [site] for site in sites if (name := f"{site}.weight") in initializers}
+    waiting: dict[Hashable, list[str]] = defaultdict(list)
+    for site in sites:
+        if f"{site}.weight" not in named:
+            weight = model.get_submodule(site).get_parameter("weight").detach().float().numpy()
+            waiting[_content(weight)].append(site)
     for name, values in initializers.items():
-        site = name.removesuffix(".weight")
-        if name != site and site in weights:
-            named[name] = site
-        elif values.ndim >= 2 and (found := by_content.get(_fingerprint(values))):
-            named[name] = found
+        if name not in named:
+            content = next((c for c in _contents(values) if waiting.get(c)), None)
+            if content is not None:
+                named[name] = [waiting[content].pop(0)]
+    for content, merged in waiting.items():
+        holder = next((n for n, v in initializers.items() if merged and content in _contents(v)), None)
+        if holder is not None:
+            named[holder] += merged
     return named
 
 
-def _fingerprint(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:
-    contents = np.ascontiguousarray(values, dtype=np.float32).tobytes()
-    return values.shape, hashlib.sha256(contents).digest()
+def _contents(values: np.ndarray) -> tuple[Hashable, ...]:
+    return (_content(values), _content(values.T)) if values.ndim >= 2 else ()
+
+
+def _content(values: np.ndarray) -> Hashable:
+    return values.shape, hashlib.sha256(np.ascontiguousarray(values, dtype=np.float32).tobytes()).digest()
 
 
 def read_manifest(model: onnx.ModelProto) -> Manifest | None:
@@ -91,13 +100,11 @@ def read_manifest(model: onnx.ModelProto) -> Manifest | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's progress messages; errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Silence what the exporter prints and logs, on many loggers of its own making; errors still raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -25,6 +25,9 @@ from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.verification import DEFAULT, Verification, WeightCheck, check_weight
 
 _PASSES_VALUES = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear"}
+_MOVED_ZERO = "DequantizeLinear with a zero point"
+_MASKING = {"Mul", "Where", "TopK", "ScatterElements", "ScatterND", _MOVED_ZERO}
+"""Operators that make a mask, or undo one. Others may well compute a constant that is no weight of a layer."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class _Computed:
 
     node: onnx.NodeProto
     operator: str
+    initializers: frozenset[str]
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -69,28 +73,29 @@ def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = 
         pattern: to check against; default each site's own from the file's manifest, or 2:4 for all it fits.
     """
     manifest = read_manifest(model)
-    patterns = {e.name: Pattern.parse(e.pattern) for e in manifest.converted} if manifest else {}
-    sites: dict[str, str] = next((json.loads(p.value) for p in model.metadata_props if p.key == SITES_KEY), {})
+    patterns = manifest.patterns if manifest else {}
+    sites: dict[str, list[str]] = next((json.loads(p.value) for p in model.metadata_props if p.key == SITES_KEY), {})
     checks: list[WeightCheck] = []
     problems: list[str] = []
-    found = set()
+    found: set[str] = set()
     for operand in _operands(model.graph):
         if isinstance(operand, _Computed):
-            problems.append(
-                f"{operand.operator} stands between an initializer and {operand.node.op_type} {operand.node.name}"
-            )
+            masking = manifest is None and operand.operator in _MASKING
+            if masking or any(name in sites for name in operand.initializers):
+                where = f"{operand.node.op_type} {operand.node.name}"
+                problems.append(f"{operand.operator} stands between an initializer and {where}")
             continue
-        site = sites.get(operand.initializer, "")
-        found.add(site)
-        wanted = pattern or patterns.get(site) or DEFAULT
         weight = _tensor(operand.values)
-        fits = wanted.divides(weight.shape[operand.axis]) and operand.groups == 1
-        checks.append(
-            check_weight(
-                site or operand.initializer, operand.node.op_type, weight, wanted,
-                expected=site in patterns or (manifest is None and fits), axis=operand.axis, groups=operand.groups,
-            )
-        )  # fmt: skip
+        for site in sites.get(operand.initializer, [""]):
+            found.add(site)
+            wanted = pattern or patterns.get(site) or DEFAULT
+            fits = wanted.divides(weight.shape[operand.axis]) and operand.groups == 1
+            checks.append(
+                check_weight(
+                    site or operand.initializer, operand.node.op_type, weight, wanted,
+                    expected=site in patterns or (manifest is None and fits), axis=operand.axis, groups=operand.groups,
+                )
+            )  # fmt: skip
     lost = [name for name in patterns if name not in found]
     if lost:
         problems.append(f"no Conv, Gemm or MatMul uses the weight of {', '.join(lost[:4])}{' ...' if lost[4:] else ''}")
@@ -142,8 +147,10 @@ def _follow(
             break
         if producer.op_type == "Transpose":
             transposes.append(next((list(a.ints) for a in producer.attribute if a.name == "perm"), None))
-        elif producer.op_type not in _PASSES_VALUES:
-            return _Computed(node, producer.op_type) if _is_constant(name, initializers, producers) else None
+        elif producer.op_type not in _PASSES_VALUES or _moves_zero(producer, initializers):
+            sources = _sources(name, initializers, producers)
+            operator = _MOVED_ZERO if producer.op_type == "DequantizeLinear" else producer.op_type
+            return None if sources is None else _Computed(node, operator, sources)
         name = producer.input[0]
     values = numpy_helper.to_array(initializers[name] if name in initializers else producers[name].attribute[0].t)
     axis %= max(values.ndim, 1)
@@ -153,19 +160,28 @@ def _follow(
     return _Weight(node, name, values, axis, groups)
 
 
-def _is_constant(name: str, initializers: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto]) -> bool:
-    """Tell whether a value follows from initializers alone."""
+def _moves_zero(node: onnx.NodeProto, initializers: dict[str, onnx.TensorProto]) -> bool:
+    if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[2] not in initializers:
+        return False
+    return bool(numpy_helper.to_array(initializers[node.input[2]]).any())
+
+
+def _sources(
+    name: str, initializers: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto]
+) -> frozenset[str] | None:
+    """List the initializers a value is computed from; None if it depends on an input of the graph."""
     pending, seen = [name], set()
     while pending:
         current = pending.pop()
-        if not current or current in seen or current in initializers:
+        if not current or current in seen:
             continue
         seen.add(current)
-        producer = producers.get(current)
-        if producer is None:
-            return False
-        pending.extend(producer.input)
-    return True
+        if current in initializers:
+            continue
+        if current not in producers:
+            return None
+        pending.extend(producers[current].input)
+    return frozenset(seen & initializers.keys())
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -30,8 +30,10 @@ class _Route(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (weight,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return dy, None, None, None
         return dy, ctx.input_gradient(dy, weight.to(dy.dtype)).to(ctx.dtype), None, None
 
 

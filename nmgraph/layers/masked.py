@@ -64,6 +64,11 @@ class Masked(nn.Module):
             # nn.Module would answer an AttributeError with the raw, dense parameter.
             raise RuntimeError(f"{self.nm_site}: the masked weight could not be computed: {error}") from error
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # nn.Module takes Parameters before they come here; DataParallel gives its replicas plain tensors.
+        self._parameters["weight"] = value  # type: ignore[assignment]
+
     @property
     def nm_raw(self) -> nn.Parameter:
         """The dense parameter that the optimizer trains."""
@@ -130,6 +135,8 @@ class Masked(nn.Module):
         shared, method = self.nm_training, self.nm_told.method
         if not (self.training and operand.requires_grad and method.needs_attach):
             return
+        if not isinstance(self.nm_raw, nn.Parameter):
+            return  # called with other weights, through torch.func
         if shared.warned or self.nm_site in shared.attached:
             return
         if self.nm_at_gradient is None or self.nm_at_gradient == self._nm_fingerprint():
@@ -160,6 +167,7 @@ class Masked(nn.Module):
             after = self._buffers[key]
             if after is not None and after.dtype != before.dtype:
                 self._buffers[key] = before.to(device=after.device)
+        self.nm_at_gradient = None
         return self
 
     def _load_from_state_dict(
@@ -167,7 +175,7 @@ class Masked(nn.Module):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         theirs = state_dict.get(f"{prefix}nm_recipe")
-        if theirs is not None and not torch.equal(theirs.cpu(), self.nm_recipe.cpu()):
+        if theirs is not None and not torch.equal(theirs.cpu(), self.nm_told.to_tensor()):
             error_msgs.append(
                 f"{self.nm_site} was trained as {Recipe.describe_tensor(theirs)}, but this model is converted as "
                 f"{self.nm_told}. Convert it the same way before loading."
@@ -180,7 +188,8 @@ class Masked(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly, so a pickle names the layer's own class and makes it again.
-        return _rebuild, (self.nm_base, self.nm_told.method.splits_backward), self.__dict__
+        state = {**self.__dict__, "nm_at_gradient": None}
+        return _rebuild, (self.nm_base, self.nm_told.method.splits_backward), state
 
 
 class SplitMasked(Masked):

@@ -43,8 +43,7 @@ def make_method(method: str | Method[Any], options: dict[str, Any] | None = None
             value, (int, float) if expected is float else expected
         ):
             raise MethodError(f"{method}: {key}={value!r} should be a {expected.__name__}, like {defaults[key]!r}.")
-    # 0 for 0.0 is the same option, and has to look the same in a checkpoint.
-    return cls(**{key: type(defaults[key])(value) for key, value in options.items()})
+    return cls(**options)
 
 
 def _near(word: str, known: list[str]) -> str:

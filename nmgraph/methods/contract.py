@@ -125,5 +125,6 @@ class Method(ABC, Generic[State]):
         return f"{check.violations:,} of {check.blocks:,} blocks still keep more than {pattern.n} of {pattern.m}"
 
     def options(self) -> dict[str, Any]:
-        """Give the configuration as plain values, by name."""
-        return dataclasses.asdict(self)
+        """Give the configuration as plain values, by name; 0 given for 0.0 is the same and looks the same."""
+        kinds: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(self)}
+        return {name: kind(getattr(self, name)) for name, kind in kinds.items()}

@@ -26,7 +26,7 @@ def top_n(scores: Tensor, n: int) -> Tensor:
     """
     # A plain topk keeps an arbitrary one of equals, and another one on another device or rank.
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :n]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
 
 
 def magnitude_mask(w_OSC: Tensor, pattern: Pattern) -> Tensor:

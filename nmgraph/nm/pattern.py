@@ -28,9 +28,13 @@ class Pattern:
     m: int
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.n, int) and isinstance(self.m, int)):
+            raise PatternError(
+                f"pattern {self.n}:{self.m} is not made of whole numbers. Use for example Pattern(2, 4)."
+            )
         if self.n < 1:
             raise PatternError(
-                f"pattern {self.n}:{self.m} keeps no weight at all. N is the count kept of every M: use 1:{max(self.m, 2)} or more."
+                f"pattern {self.n}:{self.m} keeps no weight at all. N is the count kept of every M: use 1:{min(max(self.m, 2), MAX_M)} or more."
             )
         if self.m > MAX_M:
             raise PatternError(f"pattern {self.n}:{self.m} has blocks of {self.m}; M may be {MAX_M} at most.")

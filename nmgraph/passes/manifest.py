@@ -10,8 +10,10 @@ from rich.table import Table
 from torch import fx, nn
 
 from nmgraph.errors import ConversionError
+from nmgraph.nm.pattern import Pattern
 
 _ATTRIBUTE = "nm_manifest"
+MANIFEST_KEY = "nmgraph.manifest"  # in the metadata of files
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Manifest:
     def skipped(self) -> tuple[Entry, ...]:
         """Sites that stay dense, each with its reason."""
         return tuple(e for e in self.entries if not e.converted)
+
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """Pattern of every converted site."""
+        return {e.name: Pattern.parse(e.pattern) for e in self.converted}
 
     @property
     def coverage(self) -> float:

@@ -13,7 +13,7 @@ from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import LAYERS
-from nmgraph.passes.manifest import find_manifest
+from nmgraph.passes.manifest import Manifest, find_manifest
 
 DEFAULT = Pattern(2, 4)
 TENSOR_CORES = Pattern(2, 4)
@@ -134,7 +134,7 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
         pattern: to check against; default each site's own, or 2:4.
     """
     manifest = find_manifest(model)
-    patterns = {e.name: Pattern.parse(e.pattern) for e in manifest.converted} if manifest else {}
+    patterns = manifest.patterns if manifest else {}
     checks = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LAYERS) or layer._parameters.get("weight") is None:
@@ -150,18 +150,22 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
     return Verification(type(model).__name__, tuple(checks), () if checks else ("no Linear or convolution found",))
 
 
-def verify_tensors(subject: str, tensors: dict[str, Tensor], pattern: Pattern | None = None) -> Verification:
+def verify_tensors(
+    subject: str, tensors: dict[str, Tensor], pattern: Pattern | None = None, manifest: Manifest | None = None
+) -> Verification:
     """Check the weights of a state_dict, where only names and shapes are known.
 
-    A tensor counts as a weight if it is called ``weight`` and has at least two axes; it has to hold if its second
-    axis is a multiple of M.
+    A tensor counts as a weight if it is called ``weight`` and has at least two axes. It has to hold if the manifest
+    says so, or without one if its second axis is a multiple of M.
     """
-    wanted = pattern or DEFAULT
-    checks = [
-        check_weight(name, f"{tensor.dim()}-D", tensor, wanted, expected=wanted.divides(tensor.shape[1]))
-        for name, tensor in tensors.items()
-        if name.rpartition(".")[2] == "weight" and tensor.dim() >= 2 and tensor.is_floating_point()
-    ]
+    patterns = manifest.patterns if manifest else {}
+    checks = []
+    for name, tensor in tensors.items():
+        site, _, key = name.rpartition(".")
+        if key == "weight" and tensor.dim() >= 2 and tensor.is_floating_point():
+            wanted = pattern or patterns.get(site) or DEFAULT
+            expected = site in patterns if manifest else wanted.divides(tensor.shape[1])
+            checks.append(check_weight(name, f"{tensor.dim()}-D", tensor, wanted, expected=expected))
     return Verification(subject, tuple(checks), () if checks else ("no weight with two or more axes found",))
 
 

@@ -33,6 +33,7 @@ class Controller:
         self.total_steps = _count(total_steps)
         self._optimizer = optimizer
         self._layers = _layers_trained_by(optimizer, model)
+        self._first = next(iter(self._layers.values()))  # all of them count the same steps
         self._clocks: dict[str, tuple[Tensor, int, int]] = {}  # buffer, its version, the step it holds
         self._fresh = True
         self._take_over()
@@ -41,7 +42,7 @@ class Controller:
     @property
     def step(self) -> int:
         """Optimizer steps done so far, those before a resume included."""
-        return max((int(layer.nm_clock[0]) for layer in self._layers.values()), default=0)
+        return int(self._first.nm_clock[0])
 
     @property
     def progress(self) -> float:
@@ -87,13 +88,14 @@ class Controller:
         if found_inf is not None and bool(found_inf):
             return
         scale = getattr(self._optimizer, "grad_scale", None)
-        rates = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         moved = [self._read_clock(name, layer) for name, layer in self._layers.items()]
         fresh, self._fresh = self._fresh or any(moved), False
         for name, layer in self._layers.items():
-            step = self._advance_clock(name, layer)
-            clock = Clock(step, self.total_steps, rates.get(id(layer.nm_raw), 0.0), fresh)
-            _update_layer(layer, clock, scale)
+            step, group = self._advance_clock(name, layer), groups.get(id(layer.nm_raw), {"lr": 0.0})
+            # What turns the gradient as it stands into that of the loss that goes down.
+            factor = (1.0 if scale is None else scale) * (-1.0 if group.get("maximize") else 1.0)
+            _update_layer(layer, Clock(step, self.total_steps, group["lr"], fresh), factor)
 
     def _read_clock(self, name: str, layer: Masked) -> bool:
         """Read a clock again if loading or moving has changed it behind our back; tell whether it had."""
@@ -119,6 +121,11 @@ class Controller:
 
 
 def _layers_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, Masked]:
+    if not isinstance(model, nn.Module) or not hasattr(optimizer, "register_step_pre_hook"):
+        raise TrainingError(
+            f"attach takes a model and a torch optimizer, not a {type(model).__name__} and a {type(optimizer).__name__}: "
+            "nmgraph.attach(model, optimizer, total_steps=...)."
+        )
     layers = masked_layers(model)
     if not layers:
         raise TrainingError(
@@ -140,17 +147,20 @@ def _layers_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, Mask
     return held
 
 
-def _update_layer(layer: Masked, clock: Clock, scale: Tensor | None) -> None:
+def _update_layer(layer: Masked, clock: Clock, factor: float | Tensor) -> None:
+    """Update one layer; ``factor`` times the gradient of the loss is what stands in ``grad``."""
     raw, told = layer.nm_raw, layer.nm_told
-    grad = raw.grad
     # A layer that took no part in this step has no gradient; its schedule goes on all the same.
-    seen = torch.zeros_like(raw) if grad is None else grad if scale is None else grad / scale
-    seen_OSC = canonical(seen, told.reduction_axis)
-    update = told.method.update(layer.nm_raw_OSC, seen_OSC, layer.nm_state, told.pattern, clock)
+    grad = torch.zeros_like(raw) if raw.grad is None else _over(raw.grad, factor)
+    grad_OSC = canonical(grad, told.reduction_axis)
+    update = told.method.update(layer.nm_raw_OSC, grad_OSC, layer.nm_state, told.pattern, clock)
     layer.nm_state = update.state
-    if grad is not None and update.grad is not seen_OSC:
-        new = restore(update.grad, tuple(raw.shape), told.reduction_axis)
-        grad.copy_(new if scale is None else new * scale)
+    if raw.grad is not None and update.grad is not grad_OSC:
+        raw.grad.copy_(restore(update.grad, tuple(raw.shape), told.reduction_axis) * factor)
+
+
+def _over(grad: Tensor, factor: float | Tensor) -> Tensor:
+    return grad if isinstance(factor, float) and factor == 1.0 else grad / factor
 
 
 def _count(total_steps: Any) -> int:

@@ -1,0 +1,141 @@
+"""What every method promises, for every kind of layer and pattern. A new method is held to it by being in METHODS."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nmgraph
+from nmgraph.layers.masked import Training, sparsify
+from nmgraph.layers.recipe import Recipe
+from nmgraph.methods import METHODS
+from nmgraph.nm.grouping import blocks, canonical
+from nmgraph.nm.pattern import Pattern
+
+STEPS = 40
+KINDS = {
+    "Linear": (lambda: nn.Linear(16, 8), (32, 16)),
+    "Conv1d": (lambda: nn.Conv1d(16, 8, 3), (16, 16, 5)),
+    "Conv2d": (lambda: nn.Conv2d(16, 8, 2), (16, 16, 4, 3)),
+    "Conv3d": (lambda: nn.Conv3d(16, 8, (1, 2, 2)), (16, 16, 2, 3, 3)),
+}
+PATTERNS = ["1:4", "2:4", "2:8", "4:8", "1:16"]
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
+}
+CASES = [
+    pytest.param(method, kind, Pattern.parse(pattern), optimizer, id=f"{method}-{kind}-{pattern}-{optimizer}")
+    for method in METHODS
+    for kind in KINDS
+    for pattern in PATTERNS
+    for optimizer in OPTIMIZERS
+    if (optimizer == "sgd" or kind == "Linear") and METHODS[method]().refusal(Pattern.parse(pattern)) is None
+]
+
+
+class Problem:
+    """A regression on the answers of a sparse layer of the same kind, so that a sparse one can learn it."""
+
+    def __init__(self, kind, pattern):
+        torch.manual_seed(11)
+        make, shape = KINDS[kind]
+        self.make, self.x = make, torch.randn(shape)
+        teacher = make()
+        sparsify(teacher, "teacher", Recipe(METHODS["srste"](), pattern), Training())
+        with torch.no_grad():
+            teacher.nm_raw.mul_(4.0)
+            self.y = teacher(self.x)
+
+    def loss(self, model):
+        return (model(self.x) - self.y).square().mean()
+
+    def run(self, method, pattern, optimizer, steps=STEPS):
+        """Train a converted layer; give the model, and its loss before every step and at the end."""
+        torch.manual_seed(5)
+        model = nmgraph.convert(nn.Sequential(self.make()), method=method, pattern=pattern)
+        optimizer = OPTIMIZERS[optimizer](model.parameters())
+        nmgraph.attach(model, optimizer, total_steps=STEPS)
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = self.loss(model)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return model, [*losses, self.loss(model).item()]
+
+
+def kept_per_block(weight, pattern):
+    return blocks(canonical(weight != 0), pattern.m).sum(-1)
+
+
+@pytest.mark.parametrize(("method", "kind", "pattern", "optimizer"), CASES)
+def test_a_method_learns_ends_at_the_pattern_and_does_the_same_again(method, kind, pattern, optimizer):
+    problem = Problem(kind, pattern)
+    model, losses = problem.run(method, pattern, optimizer)
+    layer = model[0]
+    assert losses[-1] < 0.8 * losses[0]
+
+    assert layer.nm_unfinished() is None
+    assert (kept_per_block(layer.nm_mask(), pattern) <= pattern.n).all()
+
+    finished = nmgraph.finalize(model)
+    weight = finished[0].weight.detach()
+    assert type(finished[0]).__name__ == kind
+    assert (kept_per_block(weight, pattern) <= pattern.n).all()
+    assert torch.equal(weight, torch.where(layer.nm_mask(), layer.nm_raw, 0.0))
+    assert not torch.signbit(weight[weight == 0]).any()
+    assert problem.loss(finished).item() == pytest.approx(losses[-1], rel=1e-5)
+
+    again, same_losses = problem.run(method, pattern, optimizer)
+    assert same_losses == losses
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("method", "kind", "pattern", "optimizer"), CASES)
+def test_a_method_trains_on_in_a_copy(method, kind, pattern, optimizer):
+    problem = Problem(kind, pattern)
+    model, _ = problem.run(method, pattern, optimizer, steps=STEPS // 2)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(problem.x), model(problem.x))
+    before = copy.deepcopy(model.state_dict())
+    fresh = OPTIMIZERS[optimizer](twin.parameters())
+    nmgraph.attach(twin, fresh, total_steps=STEPS)
+    for _ in range(STEPS // 2):
+        fresh.zero_grad()
+        problem.loss(twin).backward()
+        fresh.step()
+    assert twin[0].nm_unfinished() is None
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["1:2", "3:4", "7:8", "8:16", "16:32", "31:32"])
+def test_a_method_supports_a_pattern_or_names_one_that_it_does(method, pattern):
+    refusal = METHODS[method]().refusal(Pattern.parse(pattern))
+    if refusal is None:
+        model = nmgraph.convert(nn.Sequential(nn.Linear(32, 4)), method=method, pattern=pattern)
+        assert nmgraph.verify(nmgraph.finalize(model, force=True)).holds
+    else:
+        named = [word.strip(".,") for word in refusal.split() if ":" in word and word.strip(".,:") != pattern]
+        assert any(METHODS[method]().refusal(Pattern.parse(p)) is None for p in named if p[0].isdigit())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_state_is_made_of_tensors_that_its_type_names(method):
+    cls = METHODS[method]
+    state = cls().init(torch.randn(4, 2, 8), Pattern(2, 4))
+    assert type(state) is cls.state_type
+    assert all(isinstance(t, torch.Tensor) for t in state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_mask_is_what_its_forward_weight_shows(method):
+    chosen, pattern, w_OSC = METHODS[method](), Pattern(2, 4), torch.randn(4, 2, 8)
+    state = chosen.conclude(w_OSC, chosen.init(w_OSC, pattern), pattern)
+    mask = chosen.mask(w_OSC, state, pattern)
+    assert mask.dtype == torch.bool
+    assert mask.shape == w_OSC.shape
+    assert torch.equal(chosen.operand(w_OSC, state, pattern).forward != 0, mask)
