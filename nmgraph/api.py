@@ -260,10 +260,15 @@ def export(
         require_tensorrt()
     if not onnx and not safetensors:
         raise ExportError("there is nothing to export: leave onnx on, or ask for safetensors.")
-    from nmgraph.export.bundle import dtype_of, write_bundle  # onnx and onnxruntime take a second to import
+    from nmgraph.export.bundle import (
+        dtype_of,
+        require_export_directory,
+        write_bundle,
+    )  # onnx and onnxruntime take a second to import
 
     dtype, directory = dtype_of(precision, onnx), Path(directory)
     require_writable(directory, overwrite=force)
+    require_export_directory(directory)
     recorded = require_manifest(model)
     progress("finalizing")
     finished = finalize(model, force=force) if masked_layers(model) else copy_structure(model, duplicate)

@@ -123,8 +123,13 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
     if missing:
         raise FileError(f"{name} is damaged: {', '.join(missing[:4])} holds no weight to make sparse.")
     rewrite(model, recipes)
+    try:
+        load_weights(model, state, name)
+    except FileError:
+        for layer in masked_layers(model).values():
+            unmask(layer)
+        raise
     write_manifest(model, manifest)
-    load_weights(model, state, name)
     return model
 
 

@@ -102,6 +102,18 @@ def dtype_of(precision: str, onnx: bool) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+def require_export_directory(directory: Path) -> None:
+    """Refuse to replace a directory that no export made.
+
+    Raises:
+        ExportError: if it holds anything, and not an export's report.
+    """
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "report.json").is_file():
+        raise ExportError(f"{directory} holds files that no export wrote, and is kept. Choose another place with -o.")
+    if directory.is_file():
+        raise ExportError(f"{directory} is a file, and is kept. Choose another place with -o.")
+
+
 def write_bundle(
     model: nn.Module, directory: Path, manifest: Manifest, *, inputs: Inputs | None, precision: str, safetensors: bool,
     progress: Callable[[str], None],

@@ -123,7 +123,7 @@ def _obstacle(layer: nn.Module, weight: nn.Parameter | None, owners: Counter[int
     if weight is None:
         return Refusal(
             "its weight is computed by a parametrization (weight_norm, spectral_norm, ...)",
-            "remove it first, with torch.nn.utils.parametrize.remove_parametrizations",
+            "remove it first (parametrize.remove_parametrizations, or remove_weight_norm for the older kind)",
         )
     if torch.nn.parameter.is_lazy(weight):
         return Refusal("it is lazy and has no shape yet", "run the model once before converting")

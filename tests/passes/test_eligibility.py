@@ -91,7 +91,7 @@ def test_frozen_layers_stay_dense():
 def test_parametrized_weights_stay_dense(computed):
     assert reason_and_remedy(Beside(computed(nn.Linear(16, 8))), "tried") == (
         "its weight is computed by a parametrization (weight_norm, spectral_norm, ...)",
-        "remove it first, with torch.nn.utils.parametrize.remove_parametrizations",
+        "remove it first (parametrize.remove_parametrizations, or remove_weight_norm for the older kind)",
     )
 
 

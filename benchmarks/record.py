@@ -1,0 +1,53 @@
+"""What a measurement says of itself: its command, commit, machine and versions; and its JSON file."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nmgraph
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write(path: Path, results: dict[str, Any], *, seed: int) -> None:
+    """Write results with where they come from."""
+    about = {"command": command(), "commit": commit(), "seed": seed, "machine": machine(), "versions": versions()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, **results}, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+def command() -> str:
+    """Give the command as typed in the repository's root; of paths only what lies in the repository."""
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def commit() -> str:
+    """Give the commit; it ends in -dirty if the files measured are not those of the commit."""
+    asked = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    answer = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+def machine() -> dict[str, Any]:
+    found = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "nmgraph": nmgraph.__version__}
