@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import nmgraph
-from nmgraph.errors import ConversionError, ExportError, MissingPackageError, NMGraphError, UnfinishedError
+from nmgraph.errors import ConversionError, ExportError, FileError, MissingPackageError, NMGraphError, UnfinishedError
 
 X = torch.ones(2, 16)
 
