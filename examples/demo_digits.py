@@ -181,8 +181,7 @@ def main() -> int:
     (dense, dense_history), (model, history) = train_both(digits, console)
     manifest, trained = nmgraph.manifest(model), nmgraph.verify(model)
     with console.status("exporting"):
-        finished = nmgraph.finalize(model)  # ordinary layers with exact zeros; refuses masks that are not 2:4 yet
-        report = nmgraph.export(finished, out / "export", example_inputs=digits.held_out, force=True)
+        report = nmgraph.export(model, out / "export", example_inputs=digits.held_out, overwrite=True)
         onnx_file = report.directory / "model.onnx"
         exported = nmgraph.verify(onnx_file)
     with console.status("drawing"):

@@ -142,7 +142,7 @@ class Checkpoint:
 
 def export(model: nn.Module, directory: Path, images: Tensor, labels: Tensor) -> dict[str, Any]:
     finished = nmgraph.finalize(model)  # ordinary layers with exact zeros; refuses masks that are not N:M yet
-    report = nmgraph.export(finished, directory, example_inputs=normalize(images[:1]).cpu(), force=True)
+    report = nmgraph.export(finished, directory, example_inputs=normalize(images[:1]).cpu(), overwrite=True)
     print(report)
     return {"finalized_accuracy": evaluate(finished, images, labels), "export_holds": report.holds}
 

@@ -234,6 +234,7 @@ def export(
     safetensors: bool = False,
     precision: str = "fp32",
     force: bool = False,
+    overwrite: bool = False,
     progress: Progress = _silent,
 ) -> ExportReport:
     """Finalize a converted model, write it, and prove what was written.
@@ -247,7 +248,8 @@ def export(
         trt: build a TensorRT engine.
         safetensors: write the weights as ``model.safetensors``.
         precision: of the written weights: ``fp32``, ``fp16`` or ``bf16``.
-        force: prune unfinished masks by what the method knows, and overwrite ``directory``.
+        force: prune unfinished masks by what the method knows; the report names them.
+        overwrite: replace an earlier export in ``directory``.
         progress: called with what begins.
 
     Returns:
@@ -267,10 +269,11 @@ def export(
     )  # onnx and onnxruntime take a second to import
 
     dtype, directory = dtype_of(precision, onnx), Path(directory)
-    require_writable(directory, overwrite=force)
+    require_writable(directory, overwrite=overwrite)
     require_export_directory(directory)
     recorded = require_manifest(model)
     progress("finalizing")
+    pruned = tuple(name for name, layer in masked_layers(model).items() if layer.nm_unfinished())
     finished = finalize(model, force=force) if masked_layers(model) else copy_structure(model, duplicate)
     finished = finished.to("cpu", dtype).eval()
     inputs = None
@@ -280,7 +283,14 @@ def export(
         inputs = make_inputs(example_inputs).on_cpu(dtype)
         inputs.call(copy_structure(finished, share_parameters))  # wrong ones are said here, in plain words
     return write_bundle(
-        finished, directory, recorded, inputs=inputs, precision=precision, safetensors=safetensors, progress=progress
+        finished,
+        directory,
+        recorded,
+        inputs=inputs,
+        precision=precision,
+        safetensors=safetensors,
+        pruned=pruned,
+        progress=progress,
     )
 
 

@@ -208,7 +208,7 @@ def export(
         model = nmgraph.load(converted, model=call_factory(factory) if factory else None, trust=trust)
         report = nmgraph.export(
             model, out, example_inputs=_inputs(input), onnx=not no_onnx, trt=trt, safetensors=safetensors,
-            precision=precision, force=force, progress=progress,
+            precision=precision, force=force, overwrite=force, progress=progress,
         )  # fmt: skip
         _answer(json, report.to_dict(), report, code=FINE if report.holds else FAILED)
 

@@ -38,6 +38,7 @@ class ExportReport:
         weights: the proof on the finalized model.
         onnx: the proof on the ONNX file, if one was written.
         parity: ONNX Runtime against the finalized model, if one was written.
+        pruned: layers whose masks were unfinished, and were pruned because of ``force``.
     """
 
     directory: Path
@@ -47,6 +48,7 @@ class ExportReport:
     weights: Verification
     onnx: Verification | None
     parity: Parity | None
+    pruned: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -63,6 +65,7 @@ class ExportReport:
             "files": self.files,
             "precision": self.precision,
             "inputs": self.inputs,
+            "pruned": list(self.pruned),
             "weights": self.weights.to_dict(),
             "onnx": self.onnx.to_dict() if self.onnx else None,
             "parity": self.parity.to_dict() if self.parity else None,
@@ -79,6 +82,11 @@ class ExportReport:
         for name, check in rows:
             if check is not None:
                 table.add_row(name, "[green]holds" if check.holds else "[red]fails", str(check))
+        if self.pruned:
+            names = f"{', '.join(self.pruned[:4])}{' ...' if len(self.pruned) > 4 else ''}"
+            table.add_row(
+                "training", "[yellow]forced", f"{len(self.pruned)} unfinished layers were pruned now: {names}"
+            )
         if self.inputs:
             table.add_row("inputs", "", self.inputs)
         for name, size in self.files.items():
@@ -116,7 +124,7 @@ def require_export_directory(directory: Path) -> None:
 
 def write_bundle(
     model: nn.Module, directory: Path, manifest: Manifest, *, inputs: Inputs | None, precision: str, safetensors: bool,
-    progress: Callable[[str], None],
+    pruned: tuple[str, ...], progress: Callable[[str], None],
 ) -> ExportReport:  # fmt: skip
     """Write a finalized model.
 
@@ -127,6 +135,7 @@ def write_bundle(
         inputs: to write ONNX with; None writes none.
         precision: what the weights are in.
         safetensors: write the finalized weights as ``model.safetensors``.
+        pruned: layers that were unfinished, for the report.
         progress: called with what begins.
 
     Raises:
@@ -149,6 +158,6 @@ def write_bundle(
             save_model(model, str(temporary / "model.safetensors"), {"format": "pt", MANIFEST_KEY: manifest.to_json()})
         (temporary / "manifest.json").write_text(manifest.to_json() + "\n")
         files = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
-        found = ExportReport(directory, files, precision, str(inputs or ""), weights, onnx_proof, parity)
+        found = ExportReport(directory, files, precision, str(inputs or ""), weights, onnx_proof, parity, pruned)
         (temporary / "report.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     return found

@@ -68,7 +68,7 @@ class LBC(Method[LBCState]):
     title: ClassVar[str] = "Learning best combination"
     paper: ClassVar[str] = "Zhang et al., NeurIPS 2022"
     gradient: ClassVar[str] = "masked: only kept weights need one"
-    state_cost: ClassVar[str] = "9 bytes + C(M,N)/8M bytes per weight"
+    state_cost: ClassVar[str] = "9 bytes per weight, a bit per combination"
     time_cost: ClassVar[str] = "elementwise per step; a sort per removal"
     unattached: ClassVar[str] = "its masks do not move"
     state_type: ClassVar[type[tuple[Any, ...]]] = LBCState
@@ -104,10 +104,10 @@ class LBC(Method[LBCState]):
         return math.floor((pattern.combinations - 1) * cubic(x))
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> LBCState:
-        shape_OSG = blocks(w_OSC, pattern.m).shape[:-1]
-        everyone = torch.ones(*shape_OSG, pattern.combinations, dtype=torch.bool, device=w_OSC.device)
+        everyone_B = pack_bits(torch.ones(pattern.combinations, dtype=torch.bool, device=w_OSC.device))
+        alive_OSGB = everyone_B.repeat(*blocks(w_OSC, pattern.m).shape[:-1], 1)
         zeros = torch.zeros(w_OSC.shape, dtype=torch.promote_types(w_OSC.dtype, torch.float32), device=w_OSC.device)
-        return LBCState(pack_bits(everyone), zeros, zeros.clone(), torch.ones_like(zeros, dtype=torch.bool))
+        return LBCState(alive_OSGB, zeros, zeros.clone(), torch.ones_like(zeros, dtype=torch.bool))
 
     def mask(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> Tensor:
         return state.mask

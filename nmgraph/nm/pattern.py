@@ -72,6 +72,10 @@ class Pattern:
         """Tell whether an axis of ``length`` weights splits into whole blocks."""
         return length > 0 and length % self.m == 0
 
+    def misfit(self, length: int, what: str = "input channel") -> str:
+        """Say that an axis of ``length`` does not split into whole blocks."""
+        return f"{length} {what}{' is' if length == 1 else 's are'} not a multiple of {self.m}"
+
     def fitting(self, length: int) -> tuple[Pattern, ...]:
         """List the usual patterns that would fit an axis of ``length``, the nearest density first."""
         usual = (Pattern(2, 4), Pattern(1, 4), Pattern(2, 8), Pattern(4, 8), Pattern(1, 16), Pattern(1, 2))

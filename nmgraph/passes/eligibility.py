@@ -88,10 +88,10 @@ def judge(site: Site, pattern: Pattern) -> Refusal | None:
         return site.obstacle
     if pattern.divides(site.channels):
         return None
-    what = "input features" if len(site.shape) == 2 else "input channels"
+    what = "input feature" if len(site.shape) == 2 else "input channel"
     fits = pattern.fitting(site.channels)
     remedy = f"choose {fits[0]} for it" if fits else "no usual pattern fits"
-    return Refusal(f"{site.channels} {what} are not a multiple of {pattern.m}", remedy)
+    return Refusal(pattern.misfit(site.channels, what), remedy)
 
 
 def _sites_of(name: str, module: nn.Module, owners: Counter[int], uses: Uses) -> Iterator[Site]:

@@ -118,7 +118,7 @@ def check_weight(
     density = float((w_OSC != 0).float().mean())
     tensorrt = _tensorrt_obstacle(w_OSC, groups)
     if not pattern.divides(channels):
-        finding = f"{channels} input channels are not a multiple of {pattern.m}"
+        finding = pattern.misfit(channels)
         return WeightCheck(name, kind, shape, str(pattern), expected, False, density, finding, tensorrt)
     check = check_blocks(w_OSC, pattern)
     o, s, g = check.worst
@@ -174,5 +174,5 @@ def _tensorrt_obstacle(w_OSC: Tensor, groups: int) -> str:
     if groups > 1:
         return "grouped convolution"
     if w_OSC.shape[-1] % TENSOR_CORES.m:
-        return f"{w_OSC.shape[-1]} input channels are not a multiple of {TENSOR_CORES.m}"
+        return TENSOR_CORES.misfit(w_OSC.shape[-1])
     return "" if check_blocks(w_OSC, TENSOR_CORES).holds else "more than 2 of 4 are non-zero"

@@ -146,7 +146,7 @@ def test_force_removes_no_files_that_no_export_wrote(directory):
     directory.mkdir()
     (directory / "mine.txt").write_text("mine")
     with contextlib.suppress(NMGraphError):
-        nmgraph.export(sparse(), directory, onnx=False, safetensors=True, force=True)
+        nmgraph.export(sparse(), directory, onnx=False, safetensors=True, overwrite=True)
     assert (directory / "mine.txt").read_text() == "mine"
 
 
@@ -207,6 +207,7 @@ def test_unfinished_model_is_refused_with_what_is_missing(directory):
 
 def test_force_prunes_an_unfinished_model_by_score(directory):
     report = nmgraph.export(nmgraph.convert(mlp(), method="lbc"), directory, example_inputs=X, force=True)
+    assert report.pruned == ("0", "2")
     assert report.holds
 
 
@@ -221,7 +222,7 @@ def test_existing_directory_is_kept_unless_forced(directory):
 
 def test_force_replaces_an_earlier_export(directory):
     nmgraph.export(sparse(), directory, onnx=False, safetensors=True)
-    nmgraph.export(sparse(), directory, example_inputs=X, force=True)
+    nmgraph.export(sparse(), directory, example_inputs=X, overwrite=True)
     assert names(directory) == ["manifest.json", "model.onnx", "report.json"]
     assert names(directory.parent) == ["export"]
 
@@ -233,7 +234,7 @@ def test_failed_export_keeps_the_earlier_one(directory):
         def forward(self, x):
             return super().forward(x if x.sum() > 0 else -x)
 
-    message(ExportError, sparse(Unexportable(nn.Linear(16, 8))), directory, example_inputs=X, force=True)
+    message(ExportError, sparse(Unexportable(nn.Linear(16, 8))), directory, example_inputs=X, overwrite=True)
     assert names(directory) == ["manifest.json", "model.safetensors", "report.json"]
     assert names(directory.parent) == ["export"]
 
