@@ -33,5 +33,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,test,lint]" --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision timm --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check huggingface_hub pyyaml --constraint constraints.txt
 	@touch $@
