@@ -27,7 +27,7 @@ from nmgraph.passes.eligibility import LAYERS, find_sites
 from nmgraph.passes.finalize import fold, require_finished
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
 from nmgraph.passes.rewrite import Plan, decide, require_finite, require_some, rewrite
-from nmgraph.passes.structure import copy_structure, duplicate, share_parameters
+from nmgraph.passes.structure import copy_structure, duplicate, share_parameters, unwrapped
 from nmgraph.passes.trace import count_calls, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.training.controller import Controller
@@ -91,6 +91,15 @@ def convert(
         raise ConversionError(f'there is no mode {mode!r}. Use "auto" (in place) or "graph" (a GraphModule).')
     if not isinstance(model, nn.Module):
         raise ConversionError(f"a {type(model).__name__} can't be converted; give a torch.nn.Module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConversionError(
+            f"{type(model).__name__} is TorchScript, whose layers can't be changed. Convert the Python model."
+        )
+    inner = unwrapped(model)
+    if inner is not model:
+        raise ConversionError(
+            f"the model is wrapped in {type(model).__name__}. Convert the {type(inner).__name__} inside first, and wrap it after."
+        )
     recipe = Recipe(make_method(method, method_options), Pattern.parse(pattern))
     inputs = None if example_inputs is None else make_inputs(example_inputs)
     planned = plan(model, recipe, inputs=inputs, skip=skip, layers=layers, progress=progress)
@@ -122,11 +131,14 @@ def plan(
         ConversionError: if the model is converted already, or does not take the inputs.
     """
     found = find_manifest(model)
-    if found is not None and masked_layers(model):
-        raise ConversionError(
-            f"{type(model).__name__} is converted already ({found.method}: {found}). "
-            "Convert a dense model, or finalize this one first."
+    converted = masked_layers(model)
+    if converted:
+        said = (
+            f"is converted already ({found.method}: {found})"
+            if found
+            else f"holds sparse layers ({', '.join(converted)})"
         )
+        raise ConversionError(f"{type(model).__name__} {said}. Convert a dense model, or finalize this one first.")
     progress("tracing")
     used = uses(model)
     if inputs is not None:
@@ -166,13 +178,14 @@ def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
     """Fold the masks into a copy of the model: ordinary layers of the original classes, exact zeros.
 
     Args:
-        model: a converted model, which is not changed.
+        model: a converted model, which is not changed; a wrapper around it (torch.compile, DDP, AveragedModel) is left away.
         force: prune by what the method knows by now, if its masks are not N:M yet.
 
     Raises:
         ConversionError: if the model was not converted.
         UnfinishedError: if masks are not N:M yet, saying what is missing.
     """
+    model = unwrapped(model)
     require_manifest(model)
     if not masked_layers(model):
         raise ConversionError(f"{type(model).__name__} is finalized already.")
@@ -271,6 +284,7 @@ def export(
     dtype, directory = dtype_of(precision, onnx), Path(directory)
     require_writable(directory, overwrite=overwrite)
     require_export_directory(directory)
+    model = unwrapped(model)
     recorded = require_manifest(model)
     progress("finalizing")
     pruned = tuple(name for name, layer in masked_layers(model).items() if layer.nm_unfinished())
@@ -307,7 +321,7 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
     """
     path = Path(path)
     require_writable(path, overwrite=True)
-    write_nm_file(model, path, factory)
+    write_nm_file(unwrapped(model), path, factory)
 
 
 def load(path: str | Path, *, model: nn.Module | None = None, trust: Sequence[str] = ()) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as json_module
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from rich.table import Table
 import nmgraph
 from nmgraph import api
 from nmgraph.checkpoint.factory import call_factory
-from nmgraph.errors import ConversionError, MethodError, NMGraphError
+from nmgraph.errors import ConversionError, FileError, MethodError, NMGraphError
 from nmgraph.export.tensorrt import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import masked_layers
@@ -129,8 +130,11 @@ def convert(
 ) -> None:
     """Make a model's layers sparse-trainable, and write it beside the model as .nm.pt."""
     with _answering(json, debug), _progress(json, _CONVERT_STAGES) as progress:
+        _require_no_directory(model)
         out = output or model.with_name(f"{model.stem}.nm.pt")
         require_writable(out, overwrite=force)
+        if out.exists() and out.samefile(model):
+            raise FileError(f"{out} is the dense model itself, and is kept. Choose another place with -o.")
         options = _options(method, set)
         layers = dict(_pair(text, "--layer", "GLOB=N:M") for text in layer)
         dense = api.open_dense(model, factory=factory, trust=trust)
@@ -140,8 +144,9 @@ def convert(
         )  # fmt: skip
         nmgraph.save(converted, out, factory=factory)
         found = nmgraph.manifest(converted)
-        again = f" --model {factory}" if factory else ""
-        note = f"Wrote {out}. Train it, then: nmgraph export {out}{again}"
+        again = ["nmgraph", "export", str(out), *(["--model", factory] if factory else [])]
+        again += [word for package in trust for word in ("--trust", package)]
+        note = f"Wrote {out}. Train it, then: {shlex.join(again)}"
         _answer(json, {"output": str(out), **found.to_dict()}, found, note)
 
 
@@ -170,13 +175,15 @@ def status(
                     "unfinished": layer.nm_unfinished() or "",
                 }
             )
-        table = Table(title=str(converted), title_justify="left", header_style="bold")
+        table = Table(title=escape(str(converted)), title_justify="left", header_style="bold")
         for column in ("site", "method", "pattern", "step", "kept", "N:M"):
             table.add_column(column, overflow="fold")
         for row in rows:
             reached = f"[yellow]{row['unfinished']}" if row["unfinished"] else "[green]holds"
             steps = f"{row['step']:,} of {row['total_steps']:,}" if row["total_steps"] else "not attached yet"
-            table.add_row(row["site"], row["method"], row["pattern"], steps, f"{row['kept']:.1%}", reached)
+            table.add_row(
+                escape(row["site"]) or "(root)", row["method"], row["pattern"], steps, f"{row['kept']:.1%}", reached
+            )
         _answer(json, {"layers": rows}, table)
 
 
@@ -203,6 +210,7 @@ def export(
     with _answering(json, debug), _progress(json, _EXPORT_STAGES) as progress:
         if trt:
             require_tensorrt()
+        _require_no_directory(converted)
         out = output or converted.with_name(f"{converted.name.removesuffix('.pt').removesuffix('.nm')}-export")
         require_writable(out, overwrite=force)
         model = nmgraph.load(converted, model=call_factory(factory) if factory else None, trust=trust)
@@ -226,6 +234,11 @@ def verify(
     with _answering(json, debug):
         found = nmgraph.verify(file, pattern, model=factory, trust=trust)
         _answer(json, found.to_dict(), found, code=FINE if found.holds else FAILED)
+
+
+def _require_no_directory(path: Path) -> None:
+    if path.is_dir():
+        raise FileError(f"{path} is a directory; give a model's file.")
 
 
 def _describe(cls: type[Any]) -> dict[str, Any]:

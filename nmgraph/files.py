@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -20,6 +21,8 @@ def require_writable(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise FileError(f"{path} exists and is kept. Choose another place with -o, or overwrite it with --force.")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileError(f"{path} is no regular file, and is kept. Choose another place with -o.")
     parent = path.absolute().parent
     if not parent.is_dir():
         raise FileError(f"{path} can't be written: there is no directory {parent}. Make it first.")
@@ -37,7 +40,10 @@ def written_atomically(path: Path) -> Iterator[Path]:
     Raises:
         FileError: if the system refuses (disk full, no permission); ``path`` is unchanged then.
     """
-    temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = path.resolve()  # what a link leads to is replaced, not the link
+    if path.is_dir():
+        raise FileError(f"{path} is a directory. Give the name of a file in it.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             yield temporary
@@ -61,7 +67,8 @@ def directory_written_atomically(path: Path, ours: Collection[str] | None = None
     Raises:
         FileError: if the system refuses; an old directory is unchanged then.
     """
-    temporary, replaced = (path.absolute().with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    path, token = path.resolve(), secrets.token_hex(4)
+    temporary, replaced = (path.with_name(f".{path.name}.{token}.{end}") for end in ("tmp", "old"))
     try:
         try:
             temporary.mkdir()

@@ -87,7 +87,7 @@ def test_full_disk_is_named_and_leaves_the_old_file(path):
 def test_file_does_not_take_the_place_of_a_directory(old_directory):
     with pytest.raises(FileError) as caught, written_atomically(old_directory) as temporary:
         temporary.write_text("new")
-    assert str(caught.value) == f"{old_directory} could not be written: Is a directory."
+    assert str(caught.value) == f"{old_directory} is a directory. Give the name of a file in it."
     assert names(old_directory) == ["old.txt"]
     assert names(old_directory.parent) == ["output"]
 

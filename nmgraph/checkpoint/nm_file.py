@@ -125,10 +125,10 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
     rewrite(model, recipes)
     try:
         load_weights(model, state, name)
-    except FileError:
+    except (FileError, ValueError, TypeError, AttributeError) as error:
         for layer in masked_layers(model).values():
             unmask(layer)
-        raise
+        raise FileError(str(error) if isinstance(error, FileError) else f"{name} is damaged: {error}.") from error
     write_manifest(model, manifest)
     return model
 

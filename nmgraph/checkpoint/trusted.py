@@ -10,7 +10,9 @@ from __future__ import annotations
 import enum
 import importlib
 import pickle
+import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +20,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from nmgraph.errors import FileError, MissingPackageError, UntrustedError, first_line
+from nmgraph.errors import FileError, MissingPackageError, NMGraphError, UntrustedError, first_line
 
 PACKAGES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm", "transformers")
 """Packages whose module classes are trusted, when they are installed."""
@@ -65,10 +67,10 @@ def load_trusted(file: str | Path | IO[bytes], name: str, trust: Sequence[str] =
             file.seek(0)
         with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (UntrustedError, MissingPackageError):
+    except NMGraphError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, TypeError,
-            IndexError, zipfile.BadZipFile) as error:  # fmt: skip
+    except Exception as error:
+        # A damaged pickle can make the unpickler, and torch's rebuilding of tensors, raise anything.
         raise FileError(
             f"{name} can't be read: {first_line(error)}. It may be truncated, or no file of torch.save."
         ) from error
@@ -108,8 +110,11 @@ def _require_whole_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member.partition("/")[2] for member in archive.namelist()]
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         raise FileError(f"{path} is truncated or damaged: {error}. Save or copy it again.") from error
+    if damaged is not None:
+        raise FileError(f"{path} is damaged: the checksum of {damaged} does not hold. Save or copy it again.")
     if "constants.pkl" in members:
         raise FileError(
             f"{path} is TorchScript, whose layers can't be trained sparse. Save the Python model with torch.save(model, ...)."
@@ -139,6 +144,8 @@ def _remedy(roots: set[str]) -> str:
             "Classes of __main__ belong to the script that saved them, and can't be found again. Move them to a module, "
             "or save model.state_dict() and say what makes the model: --model package.module:function."
         )
+    if roots & (sys.stdlib_module_names | {"torch"}):
+        return "That can run any code. Don't load it unless you made it; save the model's state_dict() instead."
     flags = " ".join(f"--trust {root}" for root in sorted(roots))
     return f"If you know where it comes from, import and run that code with {flags} (in Python: trust={sorted(roots)})."
 
@@ -150,7 +157,7 @@ def _inside(name: str, packages: Sequence[str]) -> bool:
 def _import(name: str, file: str, trust: Sequence[str]) -> Any:
     module, _, attribute = name.rpartition(".")
     try:
-        value = getattr(_import_module(module), attribute)
+        value = getattr(_import_module(module, trust), attribute)
     except AttributeError as error:
         raise FileError(
             f"{file} needs {name}, which the installed {name.partition('.')[0]} does not have. Install the version it was saved with."
@@ -168,12 +175,15 @@ def _only_holds_values(cls: type) -> bool:
     return issubclass(cls, (nn.Module, enum.Enum)) or not bases.isdisjoint(_CONFIGS)
 
 
-def _import_module(module: str) -> Any:
+def _import_module(module: str, trust: Sequence[str]) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:
         # Whatever an import raises (torchvision beside another torch: RuntimeError), the file is not to blame.
+        remedy = "Install it, in a version that fits your torch."
+        if _inside(f"{module}.", trust):
+            remedy = "Run from the folder that holds it, set PYTHONPATH, or install it."
+        package = module.partition(".")[0]
         raise MissingPackageError(
-            f"the model needs the package {module.partition('.')[0]}, which could not be imported: {first_line(error)}. "
-            "Install it, in a version that fits your torch."
+            f"the model needs the package {package}, which could not be imported: {first_line(error)}. {remedy}"
         ) from error

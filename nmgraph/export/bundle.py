@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_model
 from torch import nn
@@ -75,20 +76,20 @@ class ExportReport:
         return f"{'every check holds' if self.holds else 'A CHECK DID NOT HOLD'}: {self.directory}"
 
     def __rich__(self) -> Table:
-        table = Table(title=str(self), title_justify="left", header_style="bold")
+        table = Table(title=escape(str(self)), title_justify="left", header_style="bold")
         for column in ("check", "result", "found"):
             table.add_column(column, overflow="fold")
         rows = [("finalized weights", self.weights), ("ONNX file", self.onnx), ("ONNX Runtime", self.parity)]
         for name, check in rows:
             if check is not None:
-                table.add_row(name, "[green]holds" if check.holds else "[red]fails", str(check))
+                table.add_row(name, "[green]holds" if check.holds else "[red]fails", escape(str(check)))
         if self.pruned:
             names = f"{', '.join(self.pruned[:4])}{' ...' if len(self.pruned) > 4 else ''}"
             table.add_row(
                 "training", "[yellow]forced", f"{len(self.pruned)} unfinished layers were pruned now: {names}"
             )
         if self.inputs:
-            table.add_row("inputs", "", self.inputs)
+            table.add_row("inputs", "", escape(self.inputs))
         for name, size in self.files.items():
             table.add_row("file", "", f"{name} ({size / 1e6:,.1f} MB)")
         return table

@@ -105,7 +105,7 @@ def parse_inputs(texts: Sequence[str]) -> Inputs:
     args: list[Tensor] = []
     kwargs: dict[str, Tensor] = {}
     for text in texts:
-        match = re.fullmatch(r"(?:([A-Za-z_]\w*)=)?(\d+(?:x\d+)*)(?::(\w+))?", text)
+        match = re.fullmatch(r"(?:([A-Za-z_]\w*)=)?([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text)
         if match is None or (match[3] or "float32") not in DTYPES:
             raise ExportError(
                 f"{text!r} is no input. Write [NAME=]SHAPE[:DTYPE], for example 1x3x224x224 or input_ids=1x16:int64; "
@@ -159,9 +159,13 @@ def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]
 def _make_up(shape: tuple[int, ...], dtype: str) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     kind = DTYPES[dtype]
-    if kind.is_floating_point:
-        return torch.randn(shape, generator=generator).to(kind)
-    return torch.randint(0, 2 if kind == torch.bool else INTEGER_LIMIT, shape, generator=generator).to(kind)
+    try:
+        if kind.is_floating_point:
+            return torch.randn(shape, generator=generator).to(kind)
+        return torch.randint(0, 2 if kind == torch.bool else INTEGER_LIMIT, shape, generator=generator).to(kind)
+    except (RuntimeError, TypeError, MemoryError) as error:
+        size = "x".join(map(str, shape))
+        raise ExportError(f"an input of {size} can't be made: {first_line(error)}") from error
 
 
 def _spell(t: Tensor) -> str:

@@ -47,9 +47,12 @@ class Recipe:
     @classmethod
     def describe_tensor(cls, encoded: Tensor) -> str:
         """Name the recipe of a checkpoint in one line, whatever its method and options."""
-        values = json.loads(bytes(encoded.tolist()))
-        options = ", ".join(f"{key}={value}" for key, value in values["options"].items())
-        return f"{values['method']} {values['pattern']} ({options})"
+        try:
+            values = json.loads(bytes(encoded.tolist()))
+            options = ", ".join(f"{key}={value}" for key, value in values["options"].items())
+            return f"{values['method']} {values['pattern']} ({options})"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "something unreadable"
 
     def __str__(self) -> str:
         return self.describe_tensor(self.to_tensor())

@@ -127,6 +127,8 @@ def _obstacle(layer: nn.Module, weight: nn.Parameter | None, owners: Counter[int
         )
     if torch.nn.parameter.is_lazy(weight):
         return Refusal("it is lazy and has no shape yet", "run the model once before converting")
+    if weight.numel() == 0:
+        return Refusal("it has no weights", "leave it out of the model")
     if not weight.is_floating_point():
         return Refusal(f"its weight is {weight.dtype}", "prune before quantizing")
     if owners[id(weight)] > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nmgraph.errors import UnfinishedError
+from nmgraph.errors import ConversionError, UnfinishedError
 from nmgraph.layers.masked import masked_layers, unmask
 from nmgraph.nm.grouping import restore
 from nmgraph.nm.masks import check_blocks
@@ -18,6 +18,12 @@ def require_finished(model: nn.Module) -> None:
     Raises:
         UnfinishedError: naming each unfinished layer, with what is missing.
     """
+    for name, layer in masked_layers(model).items():
+        if not torch.equal(layer.nm_recipe.cpu(), layer.nm_told.to_tensor()):
+            raise UnfinishedError(
+                f"{name}: its nm_ buffers were changed from outside. A model's average has to leave buffers alone: "
+                "AveragedModel(model, use_buffers=False)."
+            )
     unfinished = {name: missing for name, layer in masked_layers(model).items() if (missing := layer.nm_unfinished())}
     if not unfinished:
         return
@@ -51,6 +57,11 @@ def fold(model: nn.Module) -> tuple[str, ...]:
             # + 0.0 turns a negative zero into a plain one.
             layer.nm_raw.copy_(restore(folded_OSC, tuple(layer.nm_raw.shape), told.reduction_axis) + 0.0)
             check = check_blocks(layer.nm_raw_OSC, told.pattern)
+        if not bool(torch.isfinite(layer.nm_raw.detach()).all()):
+            raise ConversionError(
+                f"{name}: the trained weights are NaN or infinite, so there is nothing to finalize. Go back to a "
+                "checkpoint taken before training diverged."
+            )
         if not check.holds:
             raise UnfinishedError(
                 f"{name}: block {check.worst} keeps {check.worst_count}, {told.pattern} allows {told.pattern.n}."

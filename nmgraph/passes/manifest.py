@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from torch import fx, nn
 
@@ -123,13 +124,17 @@ class Manifest:
         for column in ("site", "kind", "shape", "pattern", "decision"):
             table.add_column(column, overflow="fold", no_wrap=column in ("kind", "shape"))
         for entry in self.entries:
-            decision = "[green]converted" if entry.converted else f"[yellow]skipped[/]: {entry.reason}"
+            decision = "[green]converted" if entry.converted else f"[yellow]skipped[/]: {escape(entry.reason)}"
             if entry.remedy:
-                decision += f"; [dim]{entry.remedy}"
+                decision += f"; [dim]{escape(entry.remedy)}"
             shape = "x".join(map(str, entry.shape))
-            table.add_row(entry.name, entry.kind, shape, entry.pattern if entry.converted else "-", decision)
+            table.add_row(
+                escape(entry.name) or "(root)", entry.kind, shape, entry.pattern if entry.converted else "-", decision
+            )
         if self.untraced:
-            table.caption = "Not followed: " + "; ".join(f"{name} ({why})" for name, why in self.untraced.items())
+            table.caption = escape(
+                "Not followed: " + "; ".join(f"{name} ({why})" for name, why in self.untraced.items())
+            )
             table.caption_justify = "left"
         return table
 

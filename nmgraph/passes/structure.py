@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from nmgraph.errors import ConversionError
 
@@ -43,6 +45,19 @@ def copy_structure(model: nn.Module, become: Callable[[Tensor], Tensor]) -> nn.M
             f"{type(model).__name__} can't be copied: {error}. Remove what it holds besides layers and values, such as "
             "open files or locks."
         ) from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Give the model inside ``torch.compile``'s wrapper, data parallelism or an average; any other as it is."""
+    while True:
+        if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif isinstance(model, (nn.DataParallel, DistributedDataParallel, AveragedModel)):
+            inner = model.module
+        else:
+            return model
+        assert isinstance(inner, nn.Module)
+        model = inner
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -82,7 +84,7 @@ class Verification:
         return "; ".join((text, *self.problems))
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.subject}: {self}", title_justify="left", header_style="bold")
+        table = Table(title=escape(f"{self.subject}: {self}"), title_justify="left", header_style="bold")
         for column in ("weight", "kind", "shape", "pattern", "TensorRT 2:4"):
             table.add_column(column, overflow="fold", no_wrap=column in ("kind", "shape"))
         for c in self.checks:
@@ -95,7 +97,7 @@ class Verification:
                 verdict = f"[dim]left dense, {c.density:.0%} kept"
             ready = f"[yellow]{c.tensorrt}" if c.tensorrt else "[green]ready"
             shape = "x".join(map(str, c.shape))
-            table.add_row(c.name, c.kind, shape, verdict, ready)
+            table.add_row(escape(c.name), c.kind, shape, verdict, ready)
         return table
 
 
@@ -120,6 +122,8 @@ def check_weight(
     if not pattern.divides(channels):
         finding = pattern.misfit(channels)
         return WeightCheck(name, kind, shape, str(pattern), expected, False, density, finding, tensorrt)
+    if not bool(torch.isfinite(w_OSC).all()):
+        return WeightCheck(name, kind, shape, str(pattern), True, False, density, "it holds NaN or infinity", tensorrt)
     check = check_blocks(w_OSC, pattern)
     o, s, g = check.worst
     finding = "" if check.holds else f"block {g} of output {o}, position {s} keeps {check.worst_count} of {pattern.m}"
@@ -147,7 +151,10 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
         expected = own is not None or (manifest is None and fits)
         kind = layer.nm_base.__name__ if isinstance(layer, Masked) else type(layer).__name__
         checks.append(check_weight(name, kind, weight, wanted, expected=expected, groups=groups))
-    return Verification(type(model).__name__, tuple(checks), () if checks else ("no Linear or convolution found",))
+    lost = [name for name in patterns if name not in {c.name for c in checks}]
+    problems = [f"there is no layer {', '.join(lost[:4])} any more"] if lost else []
+    problems += [] if checks else ["no Linear or convolution found"]
+    return Verification(type(model).__name__, tuple(checks), tuple(problems))
 
 
 def verify_tensors(
