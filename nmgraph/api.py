@@ -89,17 +89,7 @@ def convert(
     """
     if mode not in ("auto", "graph"):
         raise ConversionError(f'there is no mode {mode!r}. Use "auto" (in place) or "graph" (a GraphModule).')
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"a {type(model).__name__} can't be converted; give a torch.nn.Module.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ConversionError(
-            f"{type(model).__name__} is TorchScript, whose layers can't be changed. Convert the Python model."
-        )
-    inner = unwrapped(model)
-    if inner is not model:
-        raise ConversionError(
-            f"the model is wrapped in {type(model).__name__}. Convert the {type(inner).__name__} inside first, and wrap it after."
-        )
+    _require_plain(model)
     recipe = Recipe(make_method(method, method_options), Pattern.parse(pattern))
     inputs = None if example_inputs is None else make_inputs(example_inputs)
     planned = plan(model, recipe, inputs=inputs, skip=skip, layers=layers, progress=progress)
@@ -382,6 +372,20 @@ def state_of(content: Any, path: Path) -> dict[str, Any]:
 
 def _made(model: nn.Module | str | None) -> nn.Module | None:
     return call_factory(model) if isinstance(model, str) else model
+
+
+def _require_plain(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"a {type(model).__name__} can't be converted; give a torch.nn.Module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConversionError(
+            f"{type(model).__name__} is TorchScript, whose layers can't be changed. Convert the Python model."
+        )
+    inner = unwrapped(model)
+    if inner is not model:
+        raise ConversionError(
+            f"the model is wrapped in {type(model).__name__}. Convert the {type(inner).__name__} inside first, and wrap it after."
+        )
 
 
 def _as_graph(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
