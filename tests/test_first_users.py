@@ -168,3 +168,15 @@ def test_the_dense_model_is_never_its_own_output(tmp_path):
     assert result.exit_code == 2
     assert "is the dense model itself, and is kept." in result.stderr
     assert isinstance(torch.load(path, weights_only=False), nn.Sequential)
+
+
+def test_a_parametrization_on_a_converted_layer_is_said():
+    model = nmgraph.convert(mlp())
+    with pytest.raises(RuntimeError, match=r"^0: its weight was taken away after conversion"):
+        nn.utils.parametrizations.weight_norm(model[0])
+
+
+def test_verify_says_that_training_is_not_finished():
+    found = nmgraph.verify(nmgraph.convert(mlp(), method="lbc"))
+    assert not found.holds
+    assert found.problems == ("training is not finished: 2 layers are not N:M yet",)

@@ -72,8 +72,12 @@ class Masked(nn.Module):
     @property
     def nm_raw(self) -> nn.Parameter:
         """The dense parameter that the optimizer trains."""
-        raw = self._parameters["weight"]
-        assert raw is not None
+        raw = self._parameters.get("weight")
+        if raw is None:
+            raise RuntimeError(
+                f"{self.nm_site}: its weight was taken away after conversion, by a parametrization such as weight_norm. "
+                "Finalize the model first, or leave the layer dense."
+            )
         return raw
 
     @property

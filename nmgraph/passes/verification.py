@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from nmgraph.layers.masked import Masked
+from nmgraph.layers.masked import Masked, masked_layers
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
@@ -153,6 +153,8 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
         checks.append(check_weight(name, kind, weight, wanted, expected=expected, groups=groups))
     lost = [name for name in patterns if name not in {c.name for c in checks}]
     problems = [f"there is no layer {', '.join(lost[:4])} any more"] if lost else []
+    unfinished = sum(layer.nm_unfinished() is not None for layer in masked_layers(model).values())
+    problems += [f"training is not finished: {unfinished} layers are not N:M yet"] if unfinished else []
     problems += [] if checks else ["no Linear or convolution found"]
     return Verification(type(model).__name__, tuple(checks), tuple(problems))
 
