@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 from nmgraph.errors import MethodError
+from nmgraph.methods.asp import ASP
 from nmgraph.methods.contract import Method
 from nmgraph.methods.lbc import LBC
 from nmgraph.methods.srste import SRSTE
 
-METHODS: MappingProxyType[str, type[Method[Any]]] = MappingProxyType({m.name: m for m in (LBC, SRSTE)})
+METHODS: MappingProxyType[str, type[Method[Any]]] = MappingProxyType({m.name: m for m in (ASP, LBC, SRSTE)})
 """Every training method by its name."""
 
 

@@ -38,8 +38,8 @@ def test_a_configured_method_passes_through():
     ("method", "options", "message"),
     [
         ("srst", {}, "there is no method 'srst'. Did you mean srste? See `nmgraph methods`."),
-        ("zzz", {}, "there is no method 'zzz'. It knows lbc, srste. See `nmgraph methods`."),
-        ("LBC", {}, "there is no method 'LBC'. It knows lbc, srste. See `nmgraph methods`."),
+        ("zzz", {}, "there is no method 'zzz'. It knows asp, lbc, srste. See `nmgraph methods`."),
+        ("LBC", {}, "there is no method 'LBC'. It knows asp, lbc, srste. See `nmgraph methods`."),
         ("srste", {"dekay": 0.1}, "srste has no option 'dekay'. Did you mean decay?"),
         ("lbc", {"lambda": 0.1}, "lbc has no option 'lambda'. It knows t_i, t_f, momentum, score_decay."),
         ("srste", {"decay": "0.1"}, "srste: decay='0.1' should be a float, like 0.0002."),
