@@ -14,6 +14,7 @@ from nmgraph.nm.grouping import blocks, canonical
 from nmgraph.nm.pattern import Pattern
 
 STEPS = 40
+FROM_DENSE = {"asp"}  # made for a network that was trained dense before
 KINDS = {
     "Linear": (lambda: nn.Linear(16, 8), (32, 16)),
     "Conv1d": (lambda: nn.Conv1d(16, 8, 3), (16, 16, 5)),
@@ -54,9 +55,16 @@ class Problem:
     def run(self, method, pattern, optimizer, steps=STEPS):
         """Train a converted layer; give the model, and its loss before every step and at the end."""
         torch.manual_seed(5)
-        model = nmgraph.convert(nn.Sequential(self.make()), method=method, pattern=pattern)
-        optimizer = OPTIMIZERS[optimizer](model.parameters())
-        nmgraph.attach(model, optimizer, total_steps=STEPS)
+        model = nn.Sequential(self.make())
+        if method in FROM_DENSE:
+            self.train(model, OPTIMIZERS[optimizer](model.parameters()), STEPS)
+        nmgraph.convert(model, method=method, pattern=pattern)
+        made = OPTIMIZERS[optimizer](model.parameters())
+        nmgraph.attach(model, made, total_steps=STEPS)
+        return model, [*self.train(model, made, steps), self.loss(model).item()]
+
+    def train(self, model, optimizer, steps):
+        """Give the loss before every step."""
         losses = []
         for _ in range(steps):
             optimizer.zero_grad()
@@ -64,7 +72,7 @@ class Problem:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        return model, [*losses, self.loss(model).item()]
+        return losses
 
 
 def kept_per_block(weight, pattern):
@@ -76,8 +84,7 @@ def test_a_method_learns_ends_at_the_pattern_and_does_the_same_again(method, kin
     problem = Problem(kind, pattern)
     model, losses = problem.run(method, pattern, optimizer)
     layer = model[0]
-    # asp keeps a sixteenth of random weights at 1:16, and has the least to learn with: 15 % in these steps.
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
     assert layer.nm_unfinished() is None
     assert (kept_per_block(layer.nm_mask(), pattern) <= pattern.n).all()
