@@ -62,16 +62,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Find every tensor a module holds, also activations that a forward has put on it."""
-    for module in model.modules():
-        yield from _inside(module.__dict__)
-
-
-def _inside(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _inside(inner)
-    elif isinstance(value, (list, tuple, set)):
-        for inner in value:
-            yield from _inside(inner)
+    pending: list[Any] = [module.__dict__ for module in model.modules()]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))  # a container may hold itself
+            pending.extend(value.values() if isinstance(value, dict) else value)

@@ -68,3 +68,12 @@ def test_what_cannot_be_copied_is_named():
         "Sequential can't be copied: cannot pickle '_io.TextIOWrapper' object. Remove what it holds besides layers and "
         "values, such as open files or locks."
     )
+
+
+def test_a_container_that_holds_itself_is_copied():
+    model = mlp()
+    model.notes = [torch.zeros(2)]
+    model.notes.append(model.notes)
+    copied = copy_structure(model, share)
+    assert copied.notes[0] is model.notes[0]
+    assert copied.notes[1] is copied.notes
