@@ -18,12 +18,12 @@ from nmgraph.errors import ConversionError, ExportError, FileError
 from nmgraph.export.inputs import Inputs, find_inputs, make_inputs
 from nmgraph.export.tensorrt import require_tensorrt
 from nmgraph.files import require_writable
-from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.masked import LAYERS, masked_layers
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import make_method
 from nmgraph.methods.contract import Method
 from nmgraph.nm.pattern import Pattern
-from nmgraph.passes.eligibility import LAYERS, find_sites
+from nmgraph.passes.eligibility import find_sites
 from nmgraph.passes.finalize import fold, require_finished
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
 from nmgraph.passes.rewrite import Plan, decide, require_finite, require_some, rewrite
@@ -265,11 +265,8 @@ def export(
         require_tensorrt()
     if not onnx and not safetensors:
         raise ExportError("there is nothing to export: leave onnx on, or ask for safetensors.")
-    from nmgraph.export.bundle import (
-        dtype_of,
-        require_export_directory,
-        write_bundle,
-    )  # onnx and onnxruntime take a second to import
+    # Only here: onnx and onnxruntime take a second to import.
+    from nmgraph.export.bundle import dtype_of, require_export_directory, write_bundle
 
     dtype, directory = dtype_of(precision, onnx), Path(directory)
     require_writable(directory, overwrite=overwrite)
@@ -277,8 +274,10 @@ def export(
     model = unwrapped(model)
     recorded = require_manifest(model)
     progress("finalizing")
-    pruned = tuple(name for name, layer in masked_layers(model).items() if layer.nm_unfinished())
-    finished = finalize(model, force=force) if masked_layers(model) else copy_structure(model, duplicate)
+    sparse = masked_layers(model)
+    # Without force, finalize refuses what is unfinished.
+    pruned = tuple(name for name, layer in sparse.items() if layer.nm_unfinished()) if force else ()
+    finished = finalize(model, force=force) if sparse else copy_structure(model, duplicate)
     finished = finished.to("cpu", dtype).eval()
     inputs = None
     if onnx and example_inputs is None:

@@ -30,9 +30,8 @@ _FUNCTIONS = frozenset(
     for place in ("torch.nn.functional", "torch._C._nn", "torch")
     for name in ("relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "mish", "tanh", "sigmoid",
                  "softmax", "log_softmax", "softplus", "hardtanh", "hardswish", "hardsigmoid")
-) | {"functools.partial", "torch._C._nn.gelu"}  # fmt: skip
+) | {"functools.partial"}  # fmt: skip
 """What a module may hold besides modules: calling these does nothing but compute."""
-
 
 _CONFIGS = frozenset(
     f"transformers.{name}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nmgraph.errors import ExportError, first_line
+from nmgraph.layers.masked import LAYERS
 from nmgraph.passes.manifest import Manifest
 from nmgraph.passes.structure import copy_structure, share_parameters
 
@@ -147,7 +148,7 @@ def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]
     config = getattr(model, "default_cfg", None)  # timm
     if isinstance(config, Mapping) and config.get("input_size"):
         yield Inputs((_make_up((1, *config["input_size"]), "float32"),), {}, "the model's default_cfg")
-    first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))), None)
+    first = next((m for m in model.modules() if isinstance(m, LAYERS)), None)
     if isinstance(first, nn.Linear):
         yield Inputs((_make_up((1, first.in_features), "float32"),), {}, "guessed from the first layer")
     elif isinstance(first, nn.Conv2d):

@@ -24,6 +24,8 @@ from nmgraph.methods.contract import Operand
 from nmgraph.nm.grouping import canonical, restore
 
 PREFIX = "nm_"
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers that can be masked, with the input channels of a group at axis 1 of the weight."""
 
 _CLASSES: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}  # one class for all layers of a kind
 

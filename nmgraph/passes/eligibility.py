@@ -13,13 +13,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from nmgraph.layers.masked import Masked
+from nmgraph.layers.masked import LAYERS, Masked
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.structure import copy_structure
 from nmgraph.passes.trace import Uses
-
-LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers that can be converted, with the input channels of a group at axis 1 of the weight."""
 
 _OTHER_WEIGHTS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.ConvTranspose1d, ("weight",)),
@@ -101,8 +98,7 @@ def _sites_of(name: str, module: nn.Module, owners: Counter[int], uses: Uses) ->
         weight = None if parametrized else module._parameters["weight"]
         lazy = weight is not None and torch.nn.parameter.is_lazy(weight)
         shape = () if weight is None or lazy else tuple(weight.shape)
-        calls = uses.calls.get(name) if uses.calls else None
-        yield Site(name, kind, shape, module, calls, _obstacle(module, weight, owners))
+        yield Site(name, kind, shape, module, uses.calls.get(name), _obstacle(module, weight, owners))
         return
     for base, prefixes in _OTHER_WEIGHTS:
         if isinstance(module, base):

@@ -20,11 +20,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from nmgraph.errors import ConversionError, first_line
-from nmgraph.layers.masked import Masked
+from nmgraph.layers.masked import LAYERS
 from nmgraph.passes.structure import copy_structure, share, share_parameters
-
-ATOMS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Masked)
-"""Modules that a trace never enters, whatever their subclass does."""
 
 _LAYER_FUNCTIONS = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -62,7 +59,8 @@ class _Tracer(fx.Tracer):
         self.failed: nn.Module | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in self.leaves or isinstance(m, ATOMS) or super().is_leaf_module(m, module_qualified_name)
+        # Never enter a layer that holds a weight, whatever its subclass does.
+        return type(m) in self.leaves or isinstance(m, LAYERS) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -180,7 +178,7 @@ def _collect(module: nn.Module, prefix: str, found: Uses) -> None:
 
 def _collect_children(module: nn.Module, prefix: str, found: Uses) -> None:
     for name, child in module.named_children():
-        if not isinstance(child, ATOMS):
+        if not isinstance(child, LAYERS):
             _collect(child, f"{prefix}{name}.", found)
 
 

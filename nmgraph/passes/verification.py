@@ -10,11 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from nmgraph.layers.masked import Masked, masked_layers
+from nmgraph.layers.masked import LAYERS, Masked, masked_layers
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
-from nmgraph.passes.eligibility import LAYERS
 from nmgraph.passes.manifest import Manifest, find_manifest
 
 DEFAULT = Pattern(2, 4)
