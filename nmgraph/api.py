@@ -20,13 +20,13 @@ from nmgraph.export.tensorrt import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import LAYERS, masked_layers
 from nmgraph.layers.recipe import Recipe
-from nmgraph.methods import make_method
-from nmgraph.methods.contract import Method
+from nmgraph.methods import find_preset, make_method
+from nmgraph.methods.contract import Method, Preset
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import find_sites
 from nmgraph.passes.finalize import fold, require_finished
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
-from nmgraph.passes.rewrite import Plan, decide, require_finite, require_some, rewrite
+from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, rewrite
 from nmgraph.passes.structure import copy_structure, duplicate, share_parameters, unwrapped
 from nmgraph.passes.trace import count_calls, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from nmgraph.export.bundle import ExportReport
 
 Progress = Callable[[str], None]
+
+
+_EVERYTHING = Selection()
 
 
 def _silent(stage: str) -> None:
@@ -52,6 +55,9 @@ def convert(
     example_inputs: Any = None,
     skip: Sequence[str] = (),
     layers: Mapping[str, str | Pattern] | None = None,
+    keep_dense: Sequence[str] | None = None,
+    block_axis: str | None = None,
+    preset: str | None = None,
     mode: str = "auto",
     progress: Progress = _silent,
     **method_options: Any,
@@ -70,6 +76,10 @@ def convert(
             export remembers the shapes.
         skip: globs on qualified names of layers to leave dense.
         layers: patterns by glob; of several that match a layer, the last one counts.
+        keep_dense: ``"stem"`` and ``"head"``: leave the layers at the model's ends dense, as the papers do.
+        block_axis: ``"channels"``, the default, or ``"flat"``: blocks of a convolution run along its kernel window
+            and then over channels, as in published results of SR-STE and Bi-Mask; TensorRT cannot use these.
+        preset: published settings of the method by name, such as ``"paper"``; what is given beside it counts more.
         mode: ``"auto"`` changes layers in place; ``"graph"`` returns a whole ``torch.fx.GraphModule`` that shares
             the model's parameters, and leaves the model itself as it was.
         progress: called with what begins.
@@ -90,9 +100,13 @@ def convert(
     if mode not in ("auto", "graph"):
         raise ConversionError(f'there is no mode {mode!r}. Use "auto" (in place) or "graph" (a GraphModule).')
     _require_plain(model)
-    recipe = Recipe(make_method(method, method_options), Pattern.parse(pattern))
+    published = find_preset(method, preset) if preset else None
+    recipe = Recipe(
+        make_method(method, {**(published.options if published else {}), **method_options}), Pattern.parse(pattern)
+    )
+    selection = select(skip, layers, keep_dense, block_axis, published)
     inputs = None if example_inputs is None else make_inputs(example_inputs)
-    planned = plan(model, recipe, inputs=inputs, skip=skip, layers=layers, progress=progress)
+    planned = plan(model, recipe, selection, inputs=inputs, progress=progress)
     require_some(planned.decisions, model)
     require_finite(planned.decisions)
     if mode == "graph":
@@ -106,13 +120,29 @@ def convert(
     return model
 
 
+def select(
+    skip: Sequence[str],
+    layers: Mapping[str, str | Pattern] | None,
+    keep_dense: Sequence[str] | None,
+    block_axis: str | None,
+    preset: Preset | None,
+) -> Selection:
+    """Put together which sites become what; what is not given is the preset's."""
+    usual = preset or Preset({}, "", keep_dense=())
+    return Selection(
+        skip,
+        {glob: Pattern.parse(p) for glob, p in (layers or {}).items()},
+        usual.keep_dense if keep_dense is None else keep_dense,
+        block_axis or usual.block_axis,
+    )
+
+
 def plan(
     model: nn.Module,
     recipe: Recipe,
+    selection: Selection = _EVERYTHING,
     *,
     inputs: Inputs | None = None,
-    skip: Sequence[str] = (),
-    layers: Mapping[str, str | Pattern] | None = None,
     progress: Progress = _silent,
 ) -> Plan:
     """Decide for every site what ``convert`` would make of it, and change nothing.
@@ -133,8 +163,7 @@ def plan(
     used = uses(model)
     if inputs is not None:
         used.calls = count_calls(model, inputs.call)
-    patterns = {glob: Pattern.parse(p) for glob, p in (layers or {}).items()}
-    decisions = decide(find_sites(model, used), recipe, skip, patterns)
+    decisions = decide(find_sites(model, used), used, recipe, selection)
     return Plan(recipe.method.name, tuple(decisions), used.untraced)
 
 

@@ -27,7 +27,8 @@ from nmgraph.export.tensorrt import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import masked_layers
 from nmgraph.layers.recipe import Recipe
-from nmgraph.methods import METHODS, make_method
+from nmgraph.methods import METHODS, find_preset, make_method
+from nmgraph.methods.contract import Preset
 from nmgraph.nm.pattern import Pattern
 
 FINE, FAILED, MISUSED = 0, 1, 2
@@ -61,6 +62,16 @@ SkipOption = Annotated[list[str], typer.Option("--skip", metavar="GLOB", help="L
 LayerOption = Annotated[
     list[str], typer.Option("--layer", metavar="GLOB=N:M", help="Give these layers a pattern of their own.")
 ]
+KeepDenseOption = Annotated[
+    str | None, typer.Option("--keep-dense", metavar="stem,head", help="Leave the layers at the model's ends dense.")
+]
+BlockAxisOption = Annotated[
+    str | None,
+    typer.Option("--block-axis", metavar="channels|flat", help="Along what blocks of a convolution run."),
+]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", metavar="NAME", help="Published settings of the method: paper, code.")
+]
 InputOption = Annotated[
     list[str], typer.Option("--input", metavar="[NAME=]1x3x224x224[:DTYPE]", help="Shape of an example input.")
 ]
@@ -89,7 +100,8 @@ def methods(json: JsonOption = False, debug: DebugOption = False) -> None:
             about = f"{row['title']} ({row['paper']})\n[dim]gradient[/]  {row['gradient']}"
             costs = f"[dim]state[/]     {row['state_cost']}\n[dim]time[/]      {row['time_cost']}"
             options = "\n".join(f"{key}={value}" for key, value in row["options"].items())
-            table.add_row(row["name"], f"{about}\n{costs}", options)
+            presets = f"[dim]presets[/]   {', '.join(row['presets'])}"
+            table.add_row(row["name"], f"{about}\n{costs}\n{presets}", options)
         _answer(json, rows, table)
 
 
@@ -120,6 +132,9 @@ def convert(
     set: SetOption = [],  # noqa: B006
     skip: SkipOption = [],  # noqa: B006
     layer: LayerOption = [],  # noqa: B006
+    keep_dense: KeepDenseOption = None,
+    block_axis: BlockAxisOption = None,
+    preset: PresetOption = None,
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006
     input: InputOption = [],  # noqa: B006
@@ -140,14 +155,18 @@ def convert(
         dense = api.open_dense(model, factory=factory, trust=trust)
         converted = nmgraph.convert(
             dense, method=method, pattern=pattern, skip=skip, layers=layers, example_inputs=_inputs(input),
-            progress=progress, **options,
+            keep_dense=None if keep_dense is None else [end.strip() for end in keep_dense.split(",") if end.strip()],
+            block_axis=block_axis, preset=preset, progress=progress, **options,
         )  # fmt: skip
         nmgraph.save(converted, out, factory=factory)
         found = nmgraph.manifest(converted)
         again = ["nmgraph", "export", str(out), *(["--model", factory] if factory else [])]
         again += [word for package in trust for word in ("--trust", package)]
         note = f"Wrote {out}. Train it, then: {shlex.join(again)}"
-        _answer(json, {"output": str(out), **found.to_dict()}, found, note)
+        published = {"preset": dataclasses.asdict(find_preset(method, preset))} if preset else {}
+        if preset:
+            note = f"{_explain(preset, find_preset(method, preset))}\n{note}"
+        _answer(json, {"output": str(out), **published, **found.to_dict()}, found, note)
 
 
 @app.command()
@@ -243,7 +262,18 @@ def _require_no_directory(path: Path) -> None:
 
 def _describe(cls: type[Any]) -> dict[str, Any]:
     keys = ("name", "title", "paper", "gradient", "state_cost", "time_cost")
-    return {key: getattr(cls, key) for key in keys} | {"options": {f.name: f.default for f in dataclasses.fields(cls)}}
+    presets = {name: dataclasses.asdict(preset) for name, preset in cls.presets.items()}
+    options = {f.name: f.default for f in dataclasses.fields(cls)}
+    return {key: getattr(cls, key) for key in keys} | {"options": options, "presets": presets}
+
+
+def _explain(name: str, preset: Preset) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in preset.options.items()) or "no options"
+    dense = ", ".join(preset.keep_dense) or "none"
+    return (
+        f"Preset {name}: {options}; layers kept dense: {dense}; blocks along: {preset.block_axis}.\n"
+        f"Its training, which your loop sets: {preset.training}."
+    )
 
 
 def _options(method: str, texts: list[str]) -> dict[str, Any]:

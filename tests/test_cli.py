@@ -156,7 +156,7 @@ def test_output_that_cannot_be_written_is_named_before_any_work(command, tmp_pat
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--method", "sr-ste"], "there is no method 'sr-ste'. Did you mean srste? See `nmgraph methods`."),
+        (["--method", "sr-ste"], "there is no method 'sr-ste'. Did you mean srste or sste? See `nmgraph methods`."),
         (["--set", "momentun=1"], "lbc has no option 'momentun'. Did you mean momentum?"),
         (["--set", "momentum=high"], "--set momentum=high: 'high' is no float."),
         (["--set", "momentum"], "--set 'momentum' has another form than KEY=VALUE."),
@@ -287,7 +287,7 @@ def test_export_of_an_unfinished_model_needs_force(dense):
     call("convert", dense)
     path = dense.with_name("net.nm.pt")
     text = complaint("export", path)
-    assert text.startswith("2 layers are not N:M yet (lbc 2:4 (")
+    assert text.startswith("2 layers are not N:M yet (lbc 2:4; ")
     assert "use --force" in text
     assert not dense.with_name("net-export").exists()
     assert answer("export", path, "--force")["holds"] is True

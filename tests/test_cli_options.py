@@ -10,8 +10,8 @@ COMMANDS = {
     "methods": ["--json", "--debug"],
     "inspect": ["MODEL", "--model", "--trust", "--method", "--pattern", "--input", "--json", "--debug"],
     "convert": [
-        "MODEL", "--method", "--pattern", "--set", "--skip", "--layer", "--model", "--trust", "--input",
-        "-o --output", "--force", "--json", "--debug",
+        "MODEL", "--method", "--pattern", "--set", "--skip", "--layer", "--keep-dense", "--block-axis", "--preset",
+        "--model", "--trust", "--input", "-o --output", "--force", "--json", "--debug",
     ],
     "status": ["CONVERTED", "--model", "--trust", "--json", "--debug"],
     "export": [

@@ -21,6 +21,7 @@ from onnx import numpy_helper
 
 from nmgraph.errors import FileError, first_line
 from nmgraph.export.onnx_file import SITES_KEY, read_manifest
+from nmgraph.nm.grouping import FLAT, Axis
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.verification import DEFAULT, Verification, WeightCheck, check_weight
 
@@ -73,7 +74,7 @@ def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = 
         pattern: to check against; default each site's own from the file's manifest, or 2:4 for all it fits.
     """
     manifest = read_manifest(model)
-    patterns = manifest.patterns if manifest else {}
+    patterns, axes = (manifest.patterns, manifest.axes) if manifest else ({}, {})
     sites: dict[str, list[str]] = next((json.loads(p.value) for p in model.metadata_props if p.key == SITES_KEY), {})
     checks: list[WeightCheck] = []
     problems: list[str] = []
@@ -90,10 +91,12 @@ def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = 
             found.add(site)
             wanted = pattern or patterns.get(site) or DEFAULT
             fits = wanted.divides(weight.shape[operand.axis]) and operand.groups == 1
+            # Along the kernel as the site was trained; the Conv node itself sums over it all the same.
+            axis: Axis = FLAT if axes.get(site) == FLAT and operand.node.op_type == "Conv" else operand.axis
             checks.append(
                 check_weight(
                     site or operand.initializer, operand.node.op_type, weight, wanted,
-                    expected=site in patterns or (manifest is None and fits), axis=operand.axis, groups=operand.groups,
+                    expected=site in patterns or (manifest is None and fits), axis=axis, groups=operand.groups,
                 )
             )  # fmt: skip
     lost = [name for name in patterns if name not in found]

@@ -22,12 +22,17 @@ _CONV_INPUT_GRADIENTS: dict[type[nn.Module], Callable[..., Tensor]] = {
 class _Route(torch.autograd.Function):
     """Give ``y`` through unchanged; add to the gradient of ``x`` what ``y``'s gradient makes of ``weight``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, input_gradient: InputGradient) -> Tensor:
+    def forward(y: Tensor, x: Tensor, weight: Tensor, input_gradient: InputGradient) -> Tensor:
+        return y.clone()  # a view could not be changed in place by the activation that follows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, InputGradient], output: Tensor) -> None:
+        _, x, weight, ctx.input_gradient = inputs
         ctx.save_for_backward(weight)
-        ctx.input_gradient, ctx.dtype = input_gradient, x.dtype
-        ctx.mark_dirty(y)  # a view could not be changed in place by the activation that follows
-        return y
+        ctx.dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:

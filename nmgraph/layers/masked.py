@@ -222,9 +222,11 @@ def sparsify(layer: nn.Module, site: str, recipe: Recipe, training: Training) ->
     assert raw is not None
     assert not isinstance(layer, Masked)
     with torch.no_grad():
-        state = recipe.method.init(canonical(raw, recipe.reduction_axis), recipe.pattern)
+        # A method may look at values, which a weight on the meta device has not.
+        weight = torch.zeros_like(raw, device="cpu") if raw.is_meta else raw
+        state = recipe.method.init(canonical(weight, recipe.reduction_axis), recipe.pattern)
     for name, value in state._asdict().items():
-        layer.register_buffer(PREFIX + name, value)
+        layer.register_buffer(PREFIX + name, value.to(raw.device))
     layer.register_buffer("nm_clock", torch.zeros(2, dtype=torch.int64, device=raw.device))  # steps done, total
     layer.register_buffer("nm_recipe", recipe.to_tensor().to(raw.device))
     layer.nm_site, layer.nm_told, layer.nm_training, layer.nm_at_gradient = site, recipe, training, None  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmgraph.methods import make_method
+from nmgraph.methods import METHODS, make_method
 from nmgraph.methods.contract import Method
+from nmgraph.nm.grouping import FLAT, Axis
 from nmgraph.nm.pattern import Pattern
 
 
@@ -20,7 +22,7 @@ class Recipe:
 
     method: Method[Any]
     pattern: Pattern
-    reduction_axis: int = 1
+    reduction_axis: Axis = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values, which :meth:`from_dict` reads back."""
@@ -46,11 +48,14 @@ class Recipe:
 
     @classmethod
     def describe_tensor(cls, encoded: Tensor) -> str:
-        """Name the recipe of a checkpoint in one line, whatever its method and options."""
+        """Name the recipe of a checkpoint in one line, with the options that are not the defaults."""
         try:
             values = json.loads(bytes(encoded.tolist()))
-            options = ", ".join(f"{key}={value}" for key, value in values["options"].items())
-            return f"{values['method']} {values['pattern']} ({options})"
+            method = METHODS.get(values["method"])
+            usual = {f.name: f.default for f in dataclasses.fields(method)} if method else {}
+            options = (f"{key}={value}" for key, value in values["options"].items() if usual.get(key) != value)
+            told = ", ".join([*options, *(["blocks run flat"] if values["reduction_axis"] == FLAT else [])])
+            return f"{values['method']} {values['pattern']}{f' ({told})' if told else ''}"
         except (ValueError, KeyError, TypeError, AttributeError):
             return "something unreadable"
 

@@ -9,11 +9,23 @@ from typing import Any
 
 from nmgraph.errors import MethodError
 from nmgraph.methods.asp import ASP
-from nmgraph.methods.contract import Method
+from nmgraph.methods.bame import BAME
+from nmgraph.methods.bimask import BiMask
+from nmgraph.methods.contract import Method, Preset
+from nmgraph.methods.decaying_mask import DecayingMask
+from nmgraph.methods.gradual import Gradual
 from nmgraph.methods.lbc import LBC
+from nmgraph.methods.maxq import MaxQ
+from nmgraph.methods.rigl import RigL
 from nmgraph.methods.srste import SRSTE
+from nmgraph.methods.sste import SSTE
+from nmgraph.methods.static import Static
+from nmgraph.methods.tmask import TMask
 
-METHODS: MappingProxyType[str, type[Method[Any]]] = MappingProxyType({m.name: m for m in (ASP, LBC, SRSTE)})
+_ALL: tuple[type[Method[Any]], ...] = (
+    ASP, BAME, BiMask, DecayingMask, Gradual, LBC, MaxQ, RigL, SRSTE, SSTE, Static, TMask,
+)  # fmt: skip
+METHODS: MappingProxyType[str, type[Method[Any]]] = MappingProxyType({m.name: m for m in _ALL})
 """Every training method by its name."""
 
 
@@ -45,6 +57,22 @@ def make_method(method: str | Method[Any], options: dict[str, Any] | None = None
         ):
             raise MethodError(f"{method}: {key}={value!r} should be a {expected.__name__}, like {defaults[key]!r}.")
     return cls(**options)
+
+
+def find_preset(method: str | Method[Any], name: str) -> Preset:
+    """Find published settings of a method by name.
+
+    Raises:
+        MethodError: for an unknown name, or beside a method that is configured already.
+    """
+    if isinstance(method, Method):
+        raise MethodError(
+            f"{method} is configured already, so the preset {name!r} can't be set. Name the method instead."
+        )
+    presets = type(make_method(method)).presets
+    if name not in presets:
+        raise MethodError(f"{method} has no preset {name!r}.{_near(name, list(presets))}")
+    return presets[name]
 
 
 def _near(word: str, known: list[str]) -> str:

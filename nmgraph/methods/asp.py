@@ -6,13 +6,14 @@ frozen.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from nmgraph.errors import MethodError
-from nmgraph.methods.contract import Clock, Method, Operand, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.schedule import check_range
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import masked
@@ -48,14 +49,20 @@ class ASP(Method[ASPState]):
     time_cost: ClassVar[str] = "elementwise"
     unattached: ClassVar[str] = "its mask is not computed again"
     state_type: ClassVar[type[tuple[Any, ...]]] = ASPState
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"recompute_at": 0.0},
+            "start from the trained dense network and repeat its training: same schedule, epochs and optimizer, with a "
+            "fresh optimizer state",
+            keep_dense=(),
+        ),
+    }
 
     recompute_at: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.recompute_at <= 1.0:
-            raise MethodError(
-                f"asp: recompute_at={self.recompute_at} is a fraction of all steps, so it lies in 0 to 1."
-            )
+        super().__post_init__()
+        check_range(self.name, "recompute_at", self.recompute_at, 0.0, 1.0, "it is a fraction of all steps")
 
     @property
     def needs_attach(self) -> bool:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from nmgraph.methods.schedule import check_choice
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
 
@@ -36,10 +38,18 @@ class Operand(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The state after a step, and the gradient for the optimizer."""
+    """What a step does.
+
+    Attributes:
+        state: the state after it.
+        grad: the gradient for the optimizer, ``w_OSC``.
+        restart: bool ``w_OSC``, weights that begin anew: set to zero before the step, with the optimizer's moments of
+            them cleared.
+    """
 
     state: Any
     grad: Tensor
+    restart: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,28 @@ class Clock:
         """Share of the run that was done before this step."""
         return min(1.0, self.step / self.total_steps)
 
+    @property
+    def next(self) -> Clock:
+        """The clock of the following update, at the same learning rate."""
+        return Clock(self.step + 1, self.total_steps, self.learning_rate)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published settings of a method, by a name such as ``paper``.
+
+    Attributes:
+        options: of the method.
+        training: the recipe around it, which is the user's own loop to set.
+        keep_dense: layers that were left dense.
+        block_axis: along what the blocks ran, ``channels`` or ``flat``.
+    """
+
+    options: Mapping[str, Any]
+    training: str
+    keep_dense: tuple[str, ...] = ("stem", "head")
+    block_axis: str = "channels"
+
 
 @dataclass(frozen=True)
 class Method(ABC, Generic[State]):
@@ -75,7 +107,8 @@ class Method(ABC, Generic[State]):
 
     Class attributes say what ``nmgraph methods`` shows: ``name``, ``title``, ``paper``, ``gradient`` (how the
     weight's gradient flows), ``state_cost`` and ``time_cost``; ``unattached`` says what is
-    missing in training without ``attach``; ``state_type`` is the NamedTuple of its state.
+    missing in training without ``attach``; ``state_type`` is the NamedTuple of its state; ``presets`` are published
+    settings by name; ``choices`` are the values of an option that is one of a few words.
     """
 
     name: ClassVar[str]
@@ -86,7 +119,17 @@ class Method(ABC, Generic[State]):
     time_cost: ClassVar[str]
     unattached: ClassVar[str]
     state_type: ClassVar[type[tuple[Any, ...]]]
-    splits_backward: ClassVar[bool] = False  # True where operand() always gives a backward weight
+    presets: ClassVar[Mapping[str, Preset]]
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        for option, known in self.choices.items():
+            check_choice(self.name, option, getattr(self, option), known)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Tell whether ``operand`` always gives a backward weight."""
+        return False
 
     @property
     def needs_attach(self) -> bool:

@@ -13,6 +13,7 @@ is not kept. What has to be kept is which combinations live: a bit each.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 from nmgraph.errors import MethodError
-from nmgraph.methods.contract import Clock, Method, Operand, Update
-from nmgraph.methods.schedule import check_phase, cubic, ramp
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.schedule import check_phase, check_range, cubic, ramp
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.masks import top_n
 from nmgraph.nm.packing import pack_bits, unpack_bits
@@ -39,7 +40,7 @@ class LBCState(NamedTuple):
 
     Attributes:
         alive: uint8 ``[O, S, G, B]``, a bit per combination, in lexicographic order.
-        accumulator: float ``[O, S, C]``, the ``a_i``.
+        accumulator: float ``[O, S, C]``, the ``a_i``; with the criterion ``gradient`` the last gradient's magnitudes.
         velocity: float ``[O, S, C]``, its momentum.
         mask: bool ``[O, S, C]``, weights held by at least one living combination.
     """
@@ -59,6 +60,8 @@ class LBC(Method[LBCState]):
         t_f: when exactly one combination is left; the paper's half of training.
         momentum: of the scores' SGD.
         score_decay: weight decay of the scores.
+        criterion: what a combination is ranked by (Table 6): its trained ``score``, the ``inverse`` of it, or the sum
+            of its members' ``magnitude`` or ``gradient`` magnitude at the time.
 
     Raises:
         MethodError: if a value lies outside its range.
@@ -72,20 +75,31 @@ class LBC(Method[LBCState]):
     time_cost: ClassVar[str] = "elementwise per step; a sort per removal"
     unattached: ClassVar[str] = "its masks do not move"
     state_type: ClassVar[type[tuple[Any, ...]]] = LBCState
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"criterion": ("score", "inverse", "magnitude", "gradient")}
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"t_i": 0.0, "t_f": 0.5, "momentum": 0.9, "score_decay": 5e-4},
+            "SGD, momentum 0.9, weight decay 5e-4, learning rate 0.1 at batch 256, 5 epochs of warm-up, cosine to 0, "
+            "120 epochs (ResNet on ImageNet; DeiT-small: AdamW, 300 epochs)",
+        ),
+        "code": Preset(
+            {"t_i": 0.0, "t_f": 0.5, "momentum": 0.9, "score_decay": 1e-4},
+            "as the paper's, with weight decay 1e-4, none for batch norms, and label smoothing 0.1",
+        ),
+    }
 
     t_i: float = 0.0
     t_f: float = 0.5
     momentum: float = 0.9
     score_decay: float = 5e-4
+    criterion: str = "score"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_phase(self.name, self.t_i, self.t_f)
         if not 0.0 <= self.momentum < 1.0:
             raise MethodError(f"lbc: momentum={self.momentum} must lie in [0, 1); the paper's is 0.9.")
-        if not (math.isfinite(self.score_decay) and self.score_decay >= 0):
-            raise MethodError(
-                f"lbc: score_decay={self.score_decay} must be 0 or a positive number; the paper's is 5e-4."
-            )
+        check_range(self.name, "score_decay", self.score_decay, 0.0, math.inf, "the paper's is 5e-4")
 
     def refusal(self, pattern: Pattern) -> str | None:
         limit = MAX_BYTES_PER_WEIGHT * 8 * pattern.m
@@ -128,6 +142,10 @@ class LBC(Method[LBCState]):
         return self._remove(w_OSC, state, 1, pattern)
 
     def _train_scores(self, w_OSC: Tensor, grad_OSC: Tensor, state: LBCState, clock: Clock) -> LBCState:
+        if self.criterion == "magnitude":
+            return state
+        if self.criterion == "gradient":
+            return state._replace(accumulator=grad_OSC.abs().nan_to_num(0.0, 0.0, 0.0).to(state.accumulator.dtype))
         a, v = state.accumulator, state.velocity
         # Eq. 10: dL/dS_j is the sum of W_i dL/dW_i over the members of j. One overflowing micro-batch must not
         # stay in the scores for good.
@@ -142,7 +160,8 @@ class LBC(Method[LBCState]):
         a_RM = blocks(state.accumulator, pattern.m).flatten(0, 2)
         # A block whose scores never moved (a dead channel, a model that was not trained) knows only its weights.
         magnitude_RM = blocks(w_OSC.abs().to(a_RM.dtype), pattern.m).flatten(0, 2)
-        a_RM = torch.where((a_RM == 0).all(-1, keepdim=True), magnitude_RM, a_RM)
+        untrained_R1 = (a_RM == 0).all(-1, keepdim=True)
+        a_RM = torch.where(untrained_R1, magnitude_RM, -a_RM if self.criterion == "inverse" else a_RM)
         rows = max(1, _CHUNK_ELEMENTS // members_CN.numel())
         kept_bits, masks = [], []
         for bits_RB, chunk_RM in zip(torch.split(alive_RB, rows), torch.split(a_RM, rows), strict=True):

@@ -1,26 +1,35 @@
 """SR-STE: Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch (ICLR 2021, arXiv 2102.04010).
 
 The mask is the N largest magnitudes of every block, chosen anew in every forward. The gradient passes straight
-through to all weights, and those that are masked at the moment are pulled towards zero.
+through to all weights, and those that are masked at the moment are pulled towards zero. The number of weights kept
+may fall gradually from M to N, as in Table 5 of LBC (Zhang et al., NeurIPS 2022).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
-from nmgraph.errors import MethodError
-from nmgraph.methods.contract import Clock, Method, Operand, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.schedule import check_phase, check_range, kept_count, ramp
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import straight_through
 
 
 class SRSTEState(NamedTuple):
-    """Nothing: the mask follows from the weights."""
+    """State of one weight.
+
+    Attributes:
+        keep: int64 scalar, weights kept of every block at the moment.
+    """
+
+    keep: Tensor
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,12 @@ class SRSTE(Method[SRSTEState]):
 
     Attributes:
         decay: λ, added to the gradient as ``λ (1 - B) W``; the paper's 2e-4. 0 gives the plain STE.
+        t_i: when the number of kept weights begins to fall from M, as a fraction of all steps.
+        t_f: when it has come to N; 0 keeps N from the first step on, as the paper does.
+        curve: how it falls: ``cubic`` or ``linear``.
 
     Raises:
-        MethodError: if ``decay`` is negative or not finite.
+        MethodError: if a value lies outside its range.
     """
 
     name: ClassVar[str] = "srste"
@@ -40,25 +52,48 @@ class SRSTE(Method[SRSTEState]):
     gradient: ClassVar[str] = "dense, straight through; masked weights decay"
     state_cost: ClassVar[str] = "none"
     time_cost: ClassVar[str] = "one sort of every block per forward"
-    unattached: ClassVar[str] = "masked weights do not decay"
+    unattached: ClassVar[str] = "masked weights do not decay, and the number of kept ones does not fall"
     state_type: ClassVar[type[tuple[Any, ...]]] = SRSTEState
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"curve": ("cubic", "linear")}
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"decay": 2e-4},
+            "SGD, momentum 0.9, weight decay 5e-5, learning rate 0.1 at batch 256, 5 epochs of warm-up, "
+            "cosine per step to 0, 120 epochs (ResNet on ImageNet)",
+            keep_dense=("head",),
+        ),
+        "code": Preset(
+            {"decay": 2e-4},
+            "as the paper's; its published numbers were made so",
+            keep_dense=("head",),
+            block_axis="flat",
+        ),
+    }
 
     decay: float = 2e-4
+    t_i: float = 0.0
+    t_f: float = 0.0
+    curve: str = "cubic"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.decay) and self.decay >= 0):
-            raise MethodError(f"srste: decay={self.decay} must be 0 or a positive number; the paper's is 2e-4.")
+        super().__post_init__()
+        check_range(self.name, "decay", self.decay, 0.0, math.inf, "the paper's is 2e-4")
+        check_phase(self.name, self.t_i, self.t_f)
 
     @property
     def needs_attach(self) -> bool:
-        """Only the decay needs the step hook."""
-        return self.decay > 0
+        """Only the decay and the gradual phase need the step hook."""
+        return self.decay > 0 or self.t_f > 0
+
+    def kept(self, progress: float, pattern: Pattern) -> int:
+        """Count the weights kept of a block by then."""
+        return kept_count(ramp(progress, self.t_i, self.t_f), pattern, self.curve)
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> SRSTEState:
-        return SRSTEState()
+        return SRSTEState(torch.tensor(self.kept(0.0, pattern), device=w_OSC.device))
 
     def mask(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> Tensor:
-        return magnitude_mask(w_OSC.detach(), pattern)
+        return magnitude_mask(w_OSC.detach(), pattern, state.keep)
 
     def operand(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> Operand:
         return Operand(straight_through(w_OSC, self.mask(w_OSC, state, pattern)))  # Eq. 4 and 7
@@ -66,5 +101,9 @@ class SRSTE(Method[SRSTEState]):
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: SRSTEState, pattern: Pattern, clock: Clock) -> Update:
         # Eq. 9: G + λ (1 - B) W. Here and not in backward, where gradient accumulation would multiply the decay
         # and a loss scale divide it.
-        decayed = w_OSC.masked_fill(self.mask(w_OSC, state, pattern), 0.0)
-        return Update(state, grad_OSC + self.decay * decayed)
+        if self.decay:
+            grad_OSC = grad_OSC + self.decay * w_OSC.masked_fill(self.mask(w_OSC, state, pattern), 0.0)
+        return Update(SRSTEState(torch.full_like(state.keep, self.kept(clock.progress, pattern))), grad_OSC)
+
+    def conclude(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> SRSTEState:
+        return SRSTEState(torch.full_like(state.keep, pattern.n))

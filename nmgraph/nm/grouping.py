@@ -4,28 +4,43 @@ Linear ``[O, C]`` and convolutions ``[O, C, *kernel]`` have their reduction axis
 (Hugging Face's ``Conv1D``, ``ConvTranspose``) have it at 0. Read as ``w_OSC`` - output channel, kernel position,
 reduction axis last - a block is M neighbours on the last axis and never crosses a row, a filter or a kernel
 position. With groups, C counts the input channels of one group, so that no block crosses a group either.
+
+:data:`FLAT` is another reading of a convolution, ``[O, 1, C * kernel]`` in memory order: blocks run along the kernel
+window and then spill over input channels. Published results of SR-STE and Bi-Mask were made with it; no sparse
+tensor core can use it where the kernel is larger than 1.
 """
 
 from __future__ import annotations
 
+from typing import Final, Literal, TypeAlias
+
 from torch import Tensor
 
+Axis: TypeAlias = "int | Literal['flat']"
+FLAT: Final = "flat"
 
-def canonical(weight: Tensor, reduction_axis: int = 1) -> Tensor:
+
+def canonical(weight: Tensor, axis: Axis = 1) -> Tensor:
     """Read a weight as ``w_OSC``, as a view where the memory allows it.
 
     >>> import torch
     >>> canonical(torch.zeros(8, 4, 3, 3)).shape, canonical(torch.zeros(8, 4)).shape
     (torch.Size([8, 9, 4]), torch.Size([8, 1, 4]))
+    >>> canonical(torch.zeros(8, 4, 3, 3), FLAT).shape
+    torch.Size([8, 1, 36])
     """
-    moved = weight.movedim(reduction_axis, -1)
+    if axis == FLAT:
+        return weight.flatten(1).unsqueeze(1)
+    moved = weight.movedim(axis, -1)
     return moved.unsqueeze(1) if moved.dim() == 2 else moved.flatten(1, -2)
 
 
-def restore(t_OSC: Tensor, shape: tuple[int, ...], reduction_axis: int = 1) -> Tensor:
+def restore(t_OSC: Tensor, shape: tuple[int, ...], axis: Axis = 1) -> Tensor:
     """Undo :func:`canonical`: give the values back in the weight's own ``shape``."""
-    moved = [size for axis, size in enumerate(shape) if axis != reduction_axis] + [shape[reduction_axis]]
-    return t_OSC.reshape(moved).movedim(-1, reduction_axis)
+    if axis == FLAT:
+        return t_OSC.reshape(shape)
+    moved = [size for place, size in enumerate(shape) if place != axis] + [shape[axis]]
+    return t_OSC.reshape(moved).movedim(-1, axis)
 
 
 def blocks(t_OSC: Tensor, m: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from nmgraph.layers.masked import LAYERS, Masked
-from nmgraph.nm.pattern import Pattern
+from nmgraph.layers.recipe import Recipe
+from nmgraph.nm.grouping import FLAT, Axis
 from nmgraph.passes.structure import copy_structure
 from nmgraph.passes.trace import Uses
 
@@ -48,6 +50,7 @@ class Site:
         layer: the layer, where there is one that can be converted.
         calls: how often one forward calls it, where known.
         obstacle: what forbids its conversion whatever the pattern.
+        read_by: what multiplies by the layer's weight without calling the layer, where known.
     """
 
     name: str
@@ -56,17 +59,31 @@ class Site:
     layer: nn.Module | None
     calls: int | None
     obstacle: Refusal | None
+    read_by: str = ""
 
     @property
     def channels(self) -> int:
-        """Length of the reduction axis, of one group."""
+        """Input channels of one group."""
         return self.shape[1] if len(self.shape) > 1 else 0
+
+    def axis(self, block_axis: str) -> Axis:
+        """Give the reduction axis: ``flat`` is another one only where the kernel is larger than 1."""
+        return FLAT if block_axis == FLAT and math.prod(self.shape[2:]) > 1 else 1
+
+    def length(self, axis: Axis) -> int:
+        """Give the length of the reduction axis."""
+        return math.prod(self.shape[1:]) if axis == FLAT else self.channels
 
 
 def find_sites(model: nn.Module, uses: Uses) -> list[Site]:
     """List every linear- or conv-like site once, in the model's order."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     sites = [s for name, module in model.named_modules() for s in _sites_of(name, module, owners, uses)]
+    readers = {name.removesuffix(".weight"): function for name, function in uses.functional}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            readers[f"{name}.out_proj".lstrip(".")] = "MultiheadAttention"
+    sites = [replace(s, read_by=readers.get(s.name, "")) for s in sites]
     taken = {f"{s.name}.weight" for s in sites} | {s.name for s in sites}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, function in dict(uses.functional).items():
@@ -79,16 +96,22 @@ def find_sites(model: nn.Module, uses: Uses) -> list[Site]:
     return sites
 
 
-def judge(site: Site, pattern: Pattern) -> Refusal | None:
-    """Say why the site cannot be converted to the pattern; None if it can."""
+def judge(site: Site, recipe: Recipe) -> Refusal | None:
+    """Say why the site cannot be converted by the recipe; None if it can."""
     if site.obstacle is not None:
         return site.obstacle
-    if pattern.divides(site.channels):
-        return None
-    what = "input feature" if len(site.shape) == 2 else "input channel"
-    fits = pattern.fitting(site.channels)
-    remedy = f"choose {fits[0]} for it" if fits else "no usual pattern fits"
-    return Refusal(pattern.misfit(site.channels, what), remedy)
+    length, pattern = site.length(recipe.reduction_axis), recipe.pattern
+    if not pattern.divides(length):
+        what = "flat weight" if recipe.reduction_axis == FLAT else "input channel"
+        fits = pattern.fitting(length)
+        remedy = f"choose {fits[0]} for it" if fits else "no usual pattern fits"
+        return Refusal(pattern.misfit(length, "input feature" if len(site.shape) == 2 else what), remedy)
+    if recipe.method.splits_backward and site.layer is not None and _own_forwards(site.layer):
+        return Refusal(
+            f"{type(site.layer).__name__} has a forward of its own, which takes no backward mask",
+            "choose a method without one, such as srste",
+        )
+    return None
 
 
 def _sites_of(name: str, module: nn.Module, owners: Counter[int], uses: Uses) -> Iterator[Site]:
@@ -141,9 +164,7 @@ def _obstacle(layer: nn.Module, weight: nn.Parameter | None, owners: Counter[int
 
 def _own_forward_obstacle(layer: nn.Module) -> Refusal | None:
     """Try a layer with a forward of its own on a sparse weight: do the zeros reach its product?"""
-    base = next(kind for kind in LAYERS if isinstance(layer, kind))
-    own = [f for f in ("forward", "_conv_forward") if getattr(type(layer), f, None) is not getattr(base, f, None)]
-    if not own:
+    if not _own_forwards(layer):
         return None
     keep_dense = "it stays dense; use a plain layer if it should not"
     try:
@@ -159,6 +180,11 @@ def _own_forward_obstacle(layer: nn.Module) -> Refusal | None:
                 f"{type(layer).__name__} computes with a function of its weight that fills the zeros", keep_dense
             )
     return None
+
+
+def _own_forwards(layer: nn.Module) -> list[str]:
+    base = next(kind for kind in LAYERS if isinstance(layer, kind))
+    return [f for f in ("forward", "_conv_forward") if getattr(type(layer), f, None) is not getattr(base, f, None)]
 
 
 class _WeightSpy(TorchFunctionMode):

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import fx, nn
 
 from nmgraph.errors import ConversionError
+from nmgraph.nm.grouping import FLAT, Axis
 from nmgraph.nm.pattern import Pattern
 
 _ATTRIBUTE = "nm_manifest"
@@ -29,6 +30,7 @@ class Entry:
         pattern: what it is, or would be, pruned to.
         converted: whether it is sparse-trainable.
         how: the way it was converted.
+        axis: the reduction axis of its weight, or ``flat``.
         calls: how often one forward calls it, where the graph shows that.
         reason: why it was skipped.
         remedy: what to do if it should not be.
@@ -40,6 +42,7 @@ class Entry:
     pattern: str
     converted: bool
     how: str = ""
+    axis: Axis = 1
     calls: int | None = None
     reason: str = ""
     remedy: str = ""
@@ -83,6 +86,11 @@ class Manifest:
         return {e.name: Pattern.parse(e.pattern) for e in self.converted}
 
     @property
+    def axes(self) -> dict[str, Axis]:
+        """Reduction axis of every converted site."""
+        return {e.name: e.axis for e in self.converted}
+
+    @property
     def coverage(self) -> float:
         """Share of the sites' weights that was converted."""
         total = sum(e.parameters for e in self.entries)
@@ -123,6 +131,10 @@ class Manifest:
             table.add_column(column, overflow="fold", no_wrap=column in ("kind", "shape"))
         for entry in self.entries:
             decision = "[green]converted" if entry.converted else f"[yellow]skipped[/]: {escape(entry.reason)}"
+            if entry.converted and entry.axis == FLAT:
+                decision += "[/], [yellow]flat blocks: not for TensorRT"
+            elif entry.converted and entry.how != "in place":
+                decision += f"[/] {escape(entry.how)}"
             if entry.remedy:
                 decision += f"; [dim]{escape(entry.remedy)}"
             shape = "x".join(map(str, entry.shape))

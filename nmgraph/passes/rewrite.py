@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,9 +13,41 @@ from torch import fx, nn
 from nmgraph.errors import ConversionError, MethodError, PatternError
 from nmgraph.layers.masked import Training, sparsify, unmask
 from nmgraph.layers.recipe import Recipe
+from nmgraph.nm.grouping import FLAT
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import Refusal, Site, judge
 from nmgraph.passes.manifest import Entry, Manifest
+from nmgraph.passes.trace import Uses
+
+ENDS = ("stem", "head")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which sites become what.
+
+    Attributes:
+        skip: globs of sites to leave dense.
+        layers: patterns by glob; of several that match, the last one counts.
+        keep_dense: ``stem`` and ``head``, the layers at the model's ends, to leave dense.
+        block_axis: ``channels``, blocks run along input channels, or ``flat``, along the kernel window and then
+            over channels.
+
+    Raises:
+        ConversionError: for another word.
+    """
+
+    skip: Sequence[str] = ()
+    layers: Mapping[str, Pattern] = field(default_factory=dict)
+    keep_dense: Sequence[str] = ()
+    block_axis: str = "channels"
+
+    def __post_init__(self) -> None:
+        for end in self.keep_dense:
+            if end not in ENDS:
+                raise ConversionError(f"keep_dense knows stem and head, not {end!r}. Name other layers with skip.")
+        if self.block_axis not in ("channels", FLAT):
+            raise ConversionError(f"there is no block axis {self.block_axis!r}. Use channels, or flat.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +82,11 @@ class Decision:
     recipe: Recipe
     refusal: Refusal | None
 
+    @property
+    def length(self) -> int:
+        """Give the length of its reduction axis."""
+        return self.site.length(self.recipe.reduction_axis)
+
     def entry(self) -> Entry:
         """Give the manifest's entry."""
         site, refusal = self.site, self.refusal
@@ -59,21 +96,27 @@ class Decision:
             shape=site.shape,
             pattern=str(self.recipe.pattern),
             converted=refusal is None,
-            how="in place" if refusal is None else "",
+            how=self._how() if refusal is None else "",
+            axis=self.recipe.reduction_axis,
             calls=site.calls,
             reason=refusal.reason if refusal else "",
             remedy=refusal.remedy if refusal else "",
         )
 
+    def _how(self) -> str:
+        if self.recipe.method.splits_backward and self.site.read_by:
+            return f"in place; where {self.site.read_by} reads its weight, the input gradient uses the forward mask"
+        return "in place"
 
-def decide(sites: Sequence[Site], recipe: Recipe, skip: Sequence[str], layers: Mapping[str, Pattern]) -> list[Decision]:
-    """Judge every site under the recipe, or under the pattern that ``layers`` gives it.
+
+def decide(sites: Sequence[Site], uses: Uses, recipe: Recipe, selection: Selection) -> list[Decision]:
+    """Judge every site under the recipe, or under the pattern that the selection gives it.
 
     Args:
         sites: all sites of the model.
+        uses: how they are used.
         recipe: method and default pattern.
-        skip: globs of sites to leave dense.
-        layers: patterns by glob; of several that match, the last one counts.
+        selection: which of them become what.
 
     Raises:
         ConversionError: for a glob that matches no site.
@@ -81,30 +124,37 @@ def decide(sites: Sequence[Site], recipe: Recipe, skip: Sequence[str], layers: M
         MethodError: if the method does not support a pattern.
     """
     names = [s.name for s in sites]
-    for glob in [*skip, *layers]:
+    for glob in [*selection.skip, *selection.layers]:
         if not any(fnmatchcase(name, glob) for name in names):
             near = difflib.get_close_matches(glob.rstrip(".*"), names, n=3, cutoff=0.3) or names[:3]
             inside = [n for n in names if n.startswith(f"{glob}.")]
             hint = f"To name all in it, write {glob}.*" if inside else f"Near: {', '.join(near)}"
             raise ConversionError(f"no layer is named {glob!r}. {hint}")
-    decisions = []
-    for site in sites:
-        globs = [glob for glob in layers if fnmatchcase(site.name, glob)]
-        pattern = layers[globs[-1]] if globs else recipe.pattern
-        refusal = judge(site, pattern)
-        if any(fnmatchcase(site.name, glob) for glob in skip):
-            refusal = Refusal("left dense on request", "")
-        elif refusal is not None and site.name in layers:
-            nothing_fits = site.obstacle is None and not pattern.fitting(site.channels)
+    ends = {end: getattr(uses, end) for end in selection.keep_dense}
+    return [_decide(site, ends, recipe, selection) for site in sites]
+
+
+def _decide(site: Site, ends: Mapping[str, Sequence[str]], recipe: Recipe, selection: Selection) -> Decision:
+    globs = [glob for glob in selection.layers if fnmatchcase(site.name, glob)]
+    pattern = selection.layers[globs[-1]] if globs else recipe.pattern
+    recipe = Recipe(recipe.method, pattern, site.axis(selection.block_axis))
+    refusal = judge(site, recipe)
+    end = next((end for end, names in ends.items() if site.name in names), None)
+    if any(fnmatchcase(site.name, glob) for glob in selection.skip):
+        refusal = Refusal("left dense on request", "")
+    elif site.name in selection.layers:  # asked for by its full name
+        if refusal is not None:
+            nothing_fits = site.obstacle is None and not pattern.fitting(site.length(recipe.reduction_axis))
             instead = "Leave" if nothing_fits else f"{refusal.remedy[0].upper()}{refusal.remedy[1:]}, or leave"
             raise PatternError(
                 f"{site.name}: {refusal.reason}, so it can't become {pattern}. {instead} it dense with --skip {site.name}."
             )
-        unsupported = None if refusal else recipe.method.refusal(pattern)
-        if unsupported:
-            raise MethodError(f"{site.name}: {unsupported}")
-        decisions.append(Decision(site, Recipe(recipe.method, pattern), refusal))
-    return decisions
+    elif end is not None:
+        refusal = Refusal(f"left dense as the model's {end}", "")
+    unsupported = None if refusal else recipe.method.refusal(pattern)
+    if unsupported:
+        raise MethodError(f"{site.name}: {unsupported}")
+    return Decision(site, recipe, refusal)
 
 
 def require_some(decisions: Sequence[Decision], model: nn.Module) -> None:
@@ -120,14 +170,17 @@ def require_some(decisions: Sequence[Decision], model: nn.Module) -> None:
         raise ConversionError(
             f"{type(model).__name__} has no Linear or convolution layer, so there is nothing to make sparse."
         )
-    misfits = [d for d in decisions if d.site.obstacle is None and judge(d.site, d.recipe.pattern) is not None]
+    misfits = [d for d in decisions if d.site.obstacle is None and not d.recipe.pattern.divides(d.length)]
     if misfits:
 
         def fitting(d: Decision) -> str:
-            fits = d.recipe.pattern.fitting(d.site.channels)
+            fits = d.recipe.pattern.fitting(d.length)
             return f"fits {', '.join(map(str, fits))}" if fits else "fits no usual pattern"
 
-        lines = [f"{d.site.name}: {d.site.channels} input channels ({fitting(d)})" for d in misfits[:8]]
+        lines = [
+            f"{d.site.name}: {d.length} {'flat weights' if d.recipe.reduction_axis == FLAT else 'input channels'} ({fitting(d)})"
+            for d in misfits[:8]
+        ]
         more = f"\n  and {len(misfits) - 8} more" if len(misfits) > 8 else ""
         raise PatternError(
             f"the pattern {misfits[0].recipe.pattern} divides no layer of {type(model).__name__}:\n  "

@@ -132,18 +132,58 @@ class Uses:
         calls: how often each module is called, by qualified name; leaves' inner modules are missing.
         functional: (parameter's qualified name, function's name) of products with a bare parameter.
         untraced: modules whose own forward could not be followed, with the reason.
+        stem: sites that no other site comes before, from the model's input on; none where an embedding does.
+        head: sites that no other site comes after, up to the model's output.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     functional: list[tuple[str, str]] = field(default_factory=list)
     untraced: dict[str, str] = field(default_factory=dict)
+    stem: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
 
 
 def uses(model: nn.Module) -> Uses:
     """Follow the model's forward; where the root resists, follow each child by itself."""
     found = Uses()
-    _collect(model, "", found)
+    traced = trace(model)
+    _collect(model, traced, "", found)
+    found.stem, found.head = _ends(model, traced)
     return found
+
+
+def _ends(model: nn.Module, traced: Trace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Find the layers at both ends: by the graph, or where there is none, by the order of the modules."""
+    if traced.graph is None:
+        holders = [name for name, module in model.named_modules() if isinstance(module, (*LAYERS, nn.Embedding))]
+        layers = [name for name in holders if isinstance(model.get_submodule(name), LAYERS)]
+        return tuple(n for n in layers[:1] if n == holders[0]), tuple(layers[-1:])
+    forward, backward = list(traced.graph.nodes), list(reversed(traced.graph.nodes))
+    stem = _first_on_every_path(forward, lambda node: node.all_input_nodes, traced.root, first=True)
+    head = _first_on_every_path(backward, lambda node: list(node.users), traced.root, first=False)
+    return stem, head
+
+
+def _first_on_every_path(
+    nodes: list[fx.Node], before: Callable[[fx.Node], list[fx.Node]], root: nn.Module, *, first: bool
+) -> tuple[str, ...]:
+    """List the layers with no other layer or embedding before them; of a module that was not followed, its first or last."""
+    ends: list[str] = []
+    passed: set[fx.Node] = set()  # nodes that a layer comes before
+    for node in nodes:
+        behind = any(n in passed for n in before(node))
+        called = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        inside = [] if called is None else [
+            (f"{node.target}.{name}".rstrip("."), module)
+            for name, module in called.named_modules()
+            if isinstance(module, (*LAYERS, nn.Embedding))
+        ]  # fmt: skip
+        if inside and not behind:
+            name, module = inside[0 if first else -1]
+            ends += [name] if isinstance(module, LAYERS) else []
+        if inside or behind:
+            passed.add(node)
+    return tuple(dict.fromkeys(ends))
 
 
 def count_calls(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
@@ -158,8 +198,7 @@ def count_calls(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[st
     return calls
 
 
-def _collect(module: nn.Module, prefix: str, found: Uses) -> None:
-    traced = trace(module)
+def _collect(module: nn.Module, traced: Trace, prefix: str, found: Uses) -> None:
     found.untraced.update(traced.leaves)
     if traced.graph is None:
         if type(module).forward is not nn.Module.forward:  # containers have none to follow
@@ -179,7 +218,7 @@ def _collect(module: nn.Module, prefix: str, found: Uses) -> None:
 def _collect_children(module: nn.Module, prefix: str, found: Uses) -> None:
     for name, child in module.named_children():
         if not isinstance(child, LAYERS):
-            _collect(child, f"{prefix}{name}.", found)
+            _collect(child, trace(child), f"{prefix}{name}.", found)
 
 
 def _parameter_products(node: fx.Node, root: nn.Module) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nmgraph.layers.masked import LAYERS, Masked, masked_layers
-from nmgraph.nm.grouping import canonical
+from nmgraph.nm.grouping import FLAT, Axis, canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.manifest import Manifest, find_manifest
@@ -101,7 +101,7 @@ class Verification:
 
 
 def check_weight(
-    name: str, kind: str, weight: Tensor, pattern: Pattern, *, expected: bool, axis: int = 1, groups: int = 1
+    name: str, kind: str, weight: Tensor, pattern: Pattern, *, expected: bool, axis: Axis = 1, groups: int = 1
 ) -> WeightCheck:
     """Check one weight along its reduction axis.
 
@@ -111,13 +111,13 @@ def check_weight(
         weight: as stored; ``shape[axis]`` counts the input channels of one group.
         pattern: to check against.
         expected: whether it has to hold.
-        axis: the reduction axis.
+        axis: the reduction axis, or ``flat``.
         groups: of a convolution.
     """
     w_OSC = canonical(weight.detach(), axis)
     shape, channels = tuple(weight.shape), w_OSC.shape[-1]
     density = float((w_OSC != 0).float().mean())
-    tensorrt = _tensorrt_obstacle(w_OSC, groups)
+    tensorrt = _tensorrt_obstacle(canonical(weight.detach(), 1) if axis == FLAT else w_OSC, groups)
     if not pattern.divides(channels):
         finding = pattern.misfit(channels)
         return WeightCheck(name, kind, shape, str(pattern), expected, False, density, finding, tensorrt)
@@ -137,7 +137,7 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
         pattern: to check against; default each site's own, or 2:4.
     """
     manifest = find_manifest(model)
-    patterns = manifest.patterns if manifest else {}
+    patterns, axes = (manifest.patterns, manifest.axes) if manifest else ({}, {})
     checks = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LAYERS) or layer._parameters.get("weight") is None:
@@ -145,11 +145,12 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
         own = layer.nm_told.pattern if isinstance(layer, Masked) else patterns.get(name)
         wanted = pattern or own or DEFAULT
         weight, groups = layer.weight, getattr(layer, "groups", 1)
+        axis = layer.nm_told.reduction_axis if isinstance(layer, Masked) else axes.get(name, 1)
         assert isinstance(weight, Tensor)
         fits = wanted.divides(weight.shape[1]) and groups == 1
         expected = own is not None or (manifest is None and fits)
         kind = layer.nm_base.__name__ if isinstance(layer, Masked) else type(layer).__name__
-        checks.append(check_weight(name, kind, weight, wanted, expected=expected, groups=groups))
+        checks.append(check_weight(name, kind, weight, wanted, expected=expected, axis=axis, groups=groups))
     lost = [name for name in patterns if name not in {c.name for c in checks}]
     problems = [f"there is no layer {', '.join(lost[:4])} any more"] if lost else []
     unfinished = sum(layer.nm_unfinished() is not None for layer in masked_layers(model).values())
@@ -166,14 +167,15 @@ def verify_tensors(
     A tensor counts as a weight if it is called ``weight`` and has at least two axes. It has to hold if the manifest
     says so, or without one if its second axis is a multiple of M.
     """
-    patterns = manifest.patterns if manifest else {}
+    patterns, axes = (manifest.patterns, manifest.axes) if manifest else ({}, {})
     checks = []
     for name, tensor in tensors.items():
         site, _, key = name.rpartition(".")
         if key == "weight" and tensor.dim() >= 2 and tensor.is_floating_point():
             wanted = pattern or patterns.get(site) or DEFAULT
             expected = site in patterns if manifest else wanted.divides(tensor.shape[1])
-            checks.append(check_weight(name, f"{tensor.dim()}-D", tensor, wanted, expected=expected))
+            axis = axes.get(site, 1)
+            checks.append(check_weight(name, f"{tensor.dim()}-D", tensor, wanted, expected=expected, axis=axis))
     return Verification(subject, tuple(checks), () if checks else ("no weight with two or more axes found",))
 
 

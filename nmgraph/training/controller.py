@@ -15,6 +15,7 @@ from nmgraph.errors import TrainingError
 from nmgraph.layers.masked import Masked, masked_layers
 from nmgraph.methods.contract import Clock
 from nmgraph.nm.grouping import canonical, restore
+from nmgraph.training.optimizer_state import clear_moments
 
 _log = logging.getLogger("nmgraph")
 
@@ -95,7 +96,10 @@ class Controller:
             step, group = self._advance_clock(name, layer), groups.get(id(layer.nm_raw), {"lr": 0.0})
             # What turns the gradient as it stands into that of the loss that goes down.
             factor = (1.0 if scale is None else scale) * (-1.0 if group.get("maximize") else 1.0)
-            _update_layer(layer, Clock(step, self.total_steps, group["lr"], fresh), factor)
+            restart = _update_layer(layer, Clock(step, self.total_steps, group["lr"], fresh), factor)
+            if restart is not None:
+                layer.nm_raw.masked_fill_(restart, 0.0)
+                clear_moments(self._optimizer, layer.nm_raw, restart)
 
     def _read_clock(self, name: str, layer: Masked) -> bool:
         """Read a clock again if loading or moving has changed it behind our back; tell whether it had."""
@@ -147,8 +151,12 @@ def _layers_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, Mask
     return held
 
 
-def _update_layer(layer: Masked, clock: Clock, factor: float | Tensor) -> None:
-    """Update one layer; ``factor`` times the gradient of the loss is what stands in ``grad``."""
+def _update_layer(layer: Masked, clock: Clock, factor: float | Tensor) -> Tensor | None:
+    """Update one layer; ``factor`` times the gradient of the loss is what stands in ``grad``.
+
+    Returns:
+        bool in the weight's shape, which weights begin anew; None if none do.
+    """
     raw, told = layer.nm_raw, layer.nm_told
     # A layer that took no part in this step has no gradient; its schedule goes on all the same.
     grad = torch.zeros_like(raw) if raw.grad is None else _over(raw.grad, factor)
@@ -157,6 +165,7 @@ def _update_layer(layer: Masked, clock: Clock, factor: float | Tensor) -> None:
     layer.nm_state = update.state
     if raw.grad is not None and update.grad is not grad_OSC:
         raw.grad.copy_(restore(update.grad, tuple(raw.shape), told.reduction_axis) * factor)
+    return None if update.restart is None else restore(update.restart, tuple(raw.shape), told.reduction_axis)
 
 
 def _over(grad: Tensor, factor: float | Tensor) -> Tensor:

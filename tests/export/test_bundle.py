@@ -200,7 +200,7 @@ def test_dense_model_is_refused(directory):
 
 def test_unfinished_model_is_refused_with_what_is_missing(directory):
     text = message(UnfinishedError, nmgraph.convert(mlp(), method="lbc"), directory, example_inputs=X)
-    assert text.startswith("2 layers are not N:M yet (lbc 2:4 (")
+    assert text.startswith("2 layers are not N:M yet (lbc 2:4; ")
     assert "0: 64 of 64 blocks still keep more than 2 of 4" in text
     assert not directory.exists()
 

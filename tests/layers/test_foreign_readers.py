@@ -63,7 +63,7 @@ def test_attention_sends_a_gradient_to_the_raw_output_projection(method):
     kept = attention.out_proj.nm_mask()
     grad = attention.out_proj.nm_raw.grad
     assert (grad[kept] != 0).all()
-    assert (grad[~kept] != 0).all() == (method == "srste")
+    assert (grad[~kept] != 0).all() == (method in ("bimask", "maxq", "srste", "sste", "tmask"))
 
 
 @both

@@ -45,11 +45,14 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @kinds
 def test_whoever_reads_the_weight_gets_the_masked_one(method, kind):
     layer = sparse(KINDS[kind](), method)
+    layer.nm_state = layer.nm_told.method.conclude(layer.nm_raw_OSC.detach(), layer.nm_state, layer.nm_told.pattern)
     raw, mask = layer.nm_raw.detach(), layer.nm_mask()
     assert mask.dtype == torch.bool
     assert mask.shape == raw.shape
     assert not mask.all()
-    assert torch.equal(layer.weight, raw * mask)
+    assert torch.equal(layer.weight != 0, mask)
+    if method not in ("maxq", "sste"):  # which multiply by more than a mask
+        assert torch.equal(layer.weight, raw * mask)
     assert layer.weight.dtype == raw.dtype
     assert layer.weight.requires_grad
 
@@ -265,7 +268,7 @@ def test_the_state_of_another_recipe_is_refused_naming_the_layer_and_both_recipe
     message = (
         "Error(s) in loading state_dict for Sequential:\n\t"
         "0 was trained as srste 1:4 (decay=0.1), but this model is converted as "
-        "lbc 2:4 (momentum=0.9, score_decay=0.0005, t_f=0.5, t_i=0.0). Convert it the same way before loading."
+        "lbc 2:4. Convert it the same way before loading."
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         model.load_state_dict(trained.state_dict())
@@ -277,5 +280,5 @@ def test_the_masked_weight_keeps_up_with_the_raw_one(method):
     layer = sparse(nn.Linear(16, 8), method)
     first = layer.weight.detach().clone()
     with torch.no_grad():
-        layer.nm_raw.mul_(-2.0)
-    assert torch.equal(layer.weight, -2.0 * first)
+        layer.nm_raw.neg_()
+    assert torch.equal(layer.weight, -first)

@@ -37,11 +37,19 @@ def test_a_configured_method_passes_through():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("srst", {}, "there is no method 'srst'. Did you mean srste? See `nmgraph methods`."),
-        ("zzz", {}, "there is no method 'zzz'. It knows asp, lbc, srste. See `nmgraph methods`."),
-        ("LBC", {}, "there is no method 'LBC'. It knows asp, lbc, srste. See `nmgraph methods`."),
+        ("srst", {}, "there is no method 'srst'. Did you mean srste or sste? See `nmgraph methods`."),
+        (
+            "zzz",
+            {},
+            "there is no method 'zzz'. It knows asp, bame, bimask, decaying-mask, gradual, lbc, maxq, rigl, srste, sste, static, tmask. See `nmgraph methods`.",
+        ),
+        (
+            "LBC",
+            {},
+            "there is no method 'LBC'. It knows asp, bame, bimask, decaying-mask, gradual, lbc, maxq, rigl, srste, sste, static, tmask. See `nmgraph methods`.",
+        ),
         ("srste", {"dekay": 0.1}, "srste has no option 'dekay'. Did you mean decay?"),
-        ("lbc", {"lambda": 0.1}, "lbc has no option 'lambda'. It knows t_i, t_f, momentum, score_decay."),
+        ("lbc", {"lambda": 0.1}, "lbc has no option 'lambda'. It knows t_i, t_f, momentum, score_decay, criterion."),
         ("srste", {"decay": "0.1"}, "srste: decay='0.1' should be a float, like 0.0002."),
         ("srste", {"decay": None}, "srste: decay=None should be a float, like 0.0002."),
         ("srste", {"decay": True}, "srste: decay=True should be a float, like 0.0002."),
@@ -49,14 +57,14 @@ def test_a_configured_method_passes_through():
         (
             SRSTE(decay=0.1),
             {"decay": 0.2},
-            "SRSTE(decay=0.1) is configured already, so decay can't be set beside it. "
+            "SRSTE(decay=0.1, t_i=0.0, t_f=0.0, curve='cubic') is configured already, so decay can't be set beside it. "
             "Set them where it is made: SRSTE(decay=...).",
         ),
         (
             LBC(),
             {"t_i": 0.2, "t_f": 0.4},
-            "LBC(t_i=0.0, t_f=0.5, momentum=0.9, score_decay=0.0005) is configured already, so t_i, t_f can't be set "
-            "beside it. Set them where it is made: LBC(t_i=..., t_f=...).",
+            "LBC(t_i=0.0, t_f=0.5, momentum=0.9, score_decay=0.0005, criterion='score') is configured already, so "
+            "t_i, t_f can't be set beside it. Set them where it is made: LBC(t_i=..., t_f=...).",
         ),
     ],
 )
@@ -68,12 +76,12 @@ def test_a_mistake_is_named_with_its_remedy(method, options, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SRSTE(decay=-1.0), "srste: decay=-1.0 must be 0 or a positive number; the paper's is 2e-4."),
-        (lambda: SRSTE(decay=float("inf")), "srste: decay=inf must be 0 or a positive number; the paper's is 2e-4."),
-        (lambda: SRSTE(decay=float("nan")), "srste: decay=nan must be 0 or a positive number; the paper's is 2e-4."),
+        (lambda: SRSTE(decay=-1.0), "srste: decay=-1.0 must be 0 or more; the paper's is 2e-4."),
+        (lambda: SRSTE(decay=float("inf")), "srste: decay=inf must be 0 or more; the paper's is 2e-4."),
+        (lambda: SRSTE(decay=float("nan")), "srste: decay=nan must be 0 or more; the paper's is 2e-4."),
         (lambda: LBC(momentum=1.0), "lbc: momentum=1.0 must lie in [0, 1); the paper's is 0.9."),
         (lambda: LBC(momentum=-0.1), "lbc: momentum=-0.1 must lie in [0, 1); the paper's is 0.9."),
-        (lambda: LBC(score_decay=-1.0), "lbc: score_decay=-1.0 must be 0 or a positive number; the paper's is 5e-4."),
+        (lambda: LBC(score_decay=-1.0), "lbc: score_decay=-1.0 must be 0 or more; the paper's is 5e-4."),
         (
             lambda: LBC(t_i=0.6),
             "lbc: t_i=0.6 and t_f=0.5 are fractions of all steps, so 0 <= t_i <= t_f <= 1 must hold.",

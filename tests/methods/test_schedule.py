@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from nmgraph.errors import MethodError
 from nmgraph.methods.contract import Clock
-from nmgraph.methods.schedule import check_phase, cubic, ramp
+from nmgraph.methods.schedule import CURVES, check_choice, check_phase, check_range, cubic, kept_count, ramp
+from nmgraph.nm.pattern import Pattern
 
 SHARES = st.floats(0.0, 1.0)
 
@@ -60,3 +61,68 @@ def test_the_clock_counts_the_step_being_taken_and_stops_at_the_end():
     assert (Clock(0, 4, 0.1).progress_before, Clock(0, 4, 0.1).progress) == (0.0, 0.25)
     assert (Clock(3, 4, 0.1).progress_before, Clock(3, 4, 0.1).progress) == (0.75, 1.0)
     assert (Clock(9, 4, 0.1).progress_before, Clock(9, 4, 0.1).progress) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_every_curve_goes_from_none_to_all_and_never_falls(curve):
+    heights = [CURVES[curve](i / 64) for i in range(65)]
+    assert (heights[0], heights[-1]) == (0.0, 1.0)
+    assert heights == sorted(heights)
+
+
+def test_the_curves_are_three():
+    assert {name: round(curve(0.5), 6) for name, curve in CURVES.items()} == {
+        "linear": 0.5,
+        "cubic": 0.875,
+        "cosine": 0.292893,
+    }
+
+
+PATTERNS = st.integers(2, 32).flatmap(lambda m: st.builds(Pattern, st.integers(1, m - 1), st.just(m)))
+
+
+@settings(deadline=None)
+@given(PATTERNS, st.sampled_from(sorted(CURVES)), SHARES, SHARES)
+def test_the_kept_count_falls_from_m_to_n_and_is_the_nearest_whole_number(pattern, curve, one, other):
+    earlier, later = sorted((one, other))
+    assert kept_count(0.0, pattern, curve) == pattern.m
+    assert kept_count(1.0, pattern, curve) == pattern.n
+    assert kept_count(earlier, pattern, curve) >= kept_count(later, pattern, curve)
+    exactly = pattern.m - (pattern.m - pattern.n) * CURVES[curve](one)
+    assert abs(kept_count(one, pattern, curve) - exactly) <= 0.5 + 1e-9
+
+
+def test_half_a_weight_is_pruned():
+    assert [kept_count(x, Pattern(2, 4), "linear") for x in (0.24, 0.25, 0.74, 0.75)] == [4, 3, 3, 2]
+
+
+@pytest.mark.parametrize("value", ["", "OR", "xor"])
+def test_a_word_that_is_no_choice_is_refused(value):
+    message = f"bame: combine={value!r} is none of or, and."
+    with pytest.raises(MethodError, match=f"^{re.escape(message)}$"):
+        check_choice("bame", "combine", value, ("or", "and"))
+
+
+@pytest.mark.parametrize("value", ["or", "and"])
+def test_a_choice_passes(value):
+    check_choice("bame", "combine", value, ("or", "and"))
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "note", "message"),
+    [
+        (1.5, 0.0, 1.0, "", "rigl: drop=1.5 must lie in 0 to 1."),
+        (-0.1, 0.0, 1.0, "the paper's is 0.3", "rigl: drop=-0.1 must lie in 0 to 1; the paper's is 0.3."),
+        (float("nan"), 0.0, 1.0, "", "rigl: drop=nan must lie in 0 to 1."),
+        (0, 1, float("inf"), "", "rigl: drop=0 must be 1 or more."),
+        (float("inf"), 1, float("inf"), "", "rigl: drop=inf must be 1 or more."),
+    ],
+)
+def test_a_number_outside_its_range_is_refused(value, low, high, note, message):
+    with pytest.raises(MethodError, match=f"^{re.escape(message)}$"):
+        check_range("rigl", "drop", value, low, high, note)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_both_ends_of_a_range_belong_to_it(value):
+    check_range("rigl", "drop", value, 0.0, 1.0)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmgraph.nm.grouping import blocks, canonical, restore
+from nmgraph.nm.grouping import FLAT, blocks, canonical, restore
 
 SHAPES = st.lists(st.integers(1, 5), min_size=2, max_size=5).map(tuple)
 
@@ -80,4 +80,47 @@ def test_a_block_of_a_convolution_lies_along_the_input_channels():
 def test_the_gradient_flows_through_both_ways():
     weight = numbered(2, 4, 3).requires_grad_()
     (restore(canonical(weight) * 2, (2, 4, 3)) * numbered(2, 4, 3)).sum().backward()
+    assert torch.equal(weight.grad, 2 * numbered(2, 4, 3))
+
+
+@settings(deadline=None)
+@given(SHAPES)
+def test_restore_undoes_the_flat_reading(shape):
+    weight = numbered(*shape)
+    w_OSC = canonical(weight, FLAT)
+    assert w_OSC.shape == (shape[0], 1, weight[0].numel())
+    assert torch.equal(restore(w_OSC, shape, FLAT), weight)
+
+
+def test_read_flat_a_block_runs_along_the_kernel_and_spills_over_to_the_next_channel():
+    weight = numbered(2, 4, 3, 3)
+    found = blocks(canonical(weight, FLAT), 4)
+    assert found.shape == (2, 1, 9, 4)
+    assert found[1, 0, 0].tolist() == [weight[1, 0, 0, 0], weight[1, 0, 0, 1], weight[1, 0, 0, 2], weight[1, 0, 1, 0]]
+    assert found[1, 0, 2].tolist() == [weight[1, 0, 2, 2], weight[1, 1, 0, 0], weight[1, 1, 0, 1], weight[1, 1, 0, 2]]
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 8, 1), (6, 8, 1, 1)])
+def test_where_no_kernel_is_larger_than_1_both_readings_are_one(shape):
+    assert torch.equal(canonical(numbered(*shape), FLAT), canonical(numbered(*shape)))
+
+
+def test_the_flat_reading_does_not_depend_on_the_memory_format():
+    weight = numbered(6, 8, 3, 5)
+    assert torch.equal(canonical(weight.contiguous(memory_format=torch.channels_last), FLAT), canonical(weight, FLAT))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 8, 3), (6, 8, 3, 5), (6, 8, 2, 3, 4)])
+def test_reading_a_contiguous_weight_flat_copies_nothing(shape):
+    weight = numbered(*shape)
+    w_OSC = canonical(weight, FLAT)
+    assert w_OSC.data_ptr() == weight.data_ptr()
+    assert restore(w_OSC, shape, FLAT).data_ptr() == weight.data_ptr()
+    w_OSC[1, 0, -1] = -1.0
+    assert weight[1].flatten()[-1] == -1.0
+
+
+def test_the_gradient_flows_through_the_flat_reading():
+    weight = numbered(2, 4, 3).requires_grad_()
+    (restore(canonical(weight, FLAT) * 2, (2, 4, 3), FLAT) * numbered(2, 4, 3)).sum().backward()
     assert torch.equal(weight.grad, 2 * numbered(2, 4, 3))

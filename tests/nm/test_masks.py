@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from nmgraph.nm.grouping import blocks, canonical
-from nmgraph.nm.masks import check_blocks, magnitude_mask, top_n
+from nmgraph.nm.masks import check_blocks, magnitude_mask, random_mask, top_n
 from nmgraph.nm.pattern import Pattern
 
 FEW_VALUES = st.integers(-3, 3).map(float)  # few, so that ties are the rule
@@ -45,6 +45,26 @@ def test_top_n_marks_exactly_n(case):
     assert (top_n(scores, n).sum(-1) == n).all()
 
 
+@settings(deadline=None)
+@given(scores_and_n())
+def test_a_count_in_a_tensor_is_a_count(case):
+    scores, n = case
+    for count in (torch.tensor(n), torch.full((1,), n, dtype=torch.int32), torch.full((len(scores), 1), n)):
+        assert torch.equal(top_n(scores, count), top_n(scores, n))
+
+
+def test_every_row_may_have_a_count_of_its_own():
+    scores, counts = torch.randint(0, 4, (2, 6, 5)).float(), torch.arange(6).unsqueeze(-1)
+    chosen = top_n(scores, counts)
+    for row in range(6):
+        assert torch.equal(chosen[:, row], top_n(scores[:, row], row))
+
+
+def test_a_count_in_a_tensor_is_not_read_on_the_host():
+    scores = torch.empty(3, 8, device="meta")  # reading a value there is an error
+    assert top_n(scores, torch.empty((), dtype=torch.int64, device="meta")).shape == (3, 8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64])
 def test_of_equals_the_lowest_index_is_kept(dtype):
     equal = torch.ones(3, 64, dtype=dtype)
@@ -74,6 +94,42 @@ def test_an_all_zero_block_keeps_its_first_n():
 def test_the_sign_does_not_count():
     w = torch.tensor([[[-4.0, 1.0, 2.0, -3.0]]])
     assert magnitude_mask(w, Pattern(2, 4)).tolist() == [[[True, False, False, True]]]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 4])
+def test_magnitude_mask_keeps_another_number_than_n_if_told_to(keep):
+    w_OSC = torch.randn(3, 2, 12)
+    expected = (
+        magnitude_mask(w_OSC, Pattern(keep, 4)) if 0 < keep < 4 else torch.full_like(w_OSC, keep, dtype=torch.bool)
+    )
+    assert torch.equal(magnitude_mask(w_OSC, Pattern(2, 4), keep), expected)
+    assert torch.equal(magnitude_mask(w_OSC, Pattern(2, 4), torch.tensor(keep)), expected)
+
+
+@settings(deadline=None)
+@given(PATTERNS, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_a_random_mask_keeps_exactly_n_of_every_block(pattern, rows, positions, groups, seed):
+    shape = (rows, positions, groups * pattern.m)
+    mask = random_mask(shape, pattern, torch.Generator().manual_seed(seed))
+    assert mask.dtype == torch.bool
+    assert mask.shape == shape
+    assert (blocks(mask, pattern.m).sum(-1) == pattern.n).all()
+
+
+def test_a_random_mask_prefers_no_combination():
+    mask = random_mask((60, 10, 40), Pattern(2, 4), torch.Generator().manual_seed(0))
+    found, counts = blocks(mask, 4).flatten(0, 2).unique(dim=0, return_counts=True)
+    assert len(found) == 6
+    assert ((counts / 6000 - 1 / 6).abs() < 0.02).all()
+
+
+def test_a_random_mask_depends_on_its_generator_alone():
+    first, again, other = (torch.Generator().manual_seed(seed) for seed in (1, 1, 2))
+    mask = random_mask((8, 1, 16), Pattern(2, 4), first)
+    torch.rand(3)
+    assert torch.equal(random_mask((8, 1, 16), Pattern(2, 4), again), mask)
+    assert not torch.equal(random_mask((8, 1, 16), Pattern(2, 4), other), mask)
+    assert not torch.equal(random_mask((8, 1, 16), Pattern(2, 4), first), mask)  # the next draw of the same one
 
 
 @settings(deadline=None)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from nmgraph.nm.straight_through import masked, straight_through
+from nmgraph.nm.straight_through import masked, replaced, straight_through
 
 MASK = torch.tensor([[True, False, True, False], [False, True, True, False]])
+PASSES = torch.tensor([[True, True, False, False], [True, False, True, False]])
 
 
 @pytest.fixture
@@ -67,3 +68,73 @@ def test_vmap_over_gradients_equals_a_loop(function, share):
     weights, slopes = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
     grads = torch.func.vmap(torch.func.grad(lambda w, s: (function(w, MASK) * s).sum()))(weights, slopes)
     assert torch.equal(grads, slopes * share)
+
+
+def test_the_gradient_passes_where_it_is_said_to(weight):
+    grad = torch.randn(2, 4, dtype=torch.float64)
+    out = straight_through(weight, MASK, PASSES)
+    out.backward(grad)
+    assert torch.equal(out, weight * MASK)
+    assert torch.equal(weight.grad, grad * PASSES)
+
+
+def test_a_stopped_gradient_is_zero_even_where_it_is_not_finite(weight):
+    straight_through(weight, MASK, PASSES).backward(torch.full((2, 4), torch.nan, dtype=torch.float64))
+    assert torch.equal(weight.grad.isnan(), PASSES)
+    assert (weight.grad[~PASSES] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_replaced_gives_the_value_and_trains_the_weight(dtype):
+    weight, value, grad = (torch.randn(2, 4).to(dtype).requires_grad_() for _ in range(3))
+    out = replaced(weight, value * 1.0)
+    assert out.dtype == dtype
+    assert torch.equal(out, value)
+    out.backward(grad.detach())
+    assert torch.equal(weight.grad, grad)
+    assert value.grad is None
+
+
+def test_a_weight_that_is_not_trained_needs_no_gradient(weight):
+    assert not straight_through(weight.detach(), MASK, PASSES).requires_grad
+    assert not replaced(weight.detach(), weight).requires_grad
+
+
+def test_second_derivatives_stop_where_first_ones_do(weight):
+    loss = (straight_through(weight, MASK, PASSES) ** 2).sum()
+    (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+    assert torch.equal(first, 2.0 * weight * MASK * PASSES)
+    (second,) = torch.autograd.grad(first.sum(), weight)
+    assert torch.equal(second, 2.0 * PASSES.double())
+
+
+def test_what_is_multiplied_by_may_be_changed_in_place(weight):
+    before, value = weight.detach().clone(), torch.randn(2, 4, dtype=torch.float64)
+    for out, expected in [(straight_through(weight, MASK), before * MASK), (replaced(weight, value), value.clone())]:
+        weight.grad = None
+        out.mul_(2.0)
+        out.sum().backward()
+        assert torch.equal(out, 2.0 * expected)
+        assert torch.equal(weight.detach(), before)
+        assert torch.equal(weight.grad, torch.full((2, 4), 2.0, dtype=torch.float64))
+    assert torch.equal(value, expected)
+
+
+def test_vmap_with_stopped_gradients_equals_a_loop():
+    weights, masks, passes, slopes = (torch.randn(3, 2, 4) for _ in range(4))
+    masks, passes = masks > 0, passes > 0
+
+    def loss(w, mask, where, slope):
+        return (straight_through(w, mask, where) * slope).sum()
+
+    together = torch.func.vmap(torch.func.grad(loss))(weights, masks, passes, slopes)
+    assert torch.equal(together, slopes * passes)
+    shared = torch.func.vmap(torch.func.grad(loss), in_dims=(0, 0, None, 0))(weights, masks, PASSES, slopes)
+    assert torch.equal(shared, slopes * PASSES)
+
+
+def test_vmap_over_values_equals_a_loop():
+    weight, values, slopes = torch.randn(2, 4), torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    assert torch.equal(torch.func.vmap(replaced, in_dims=(None, 0))(weight, values), values)
+    slope_of = torch.func.grad(lambda w, v, s: (replaced(w, v) * s).sum())
+    assert torch.equal(torch.func.vmap(slope_of, in_dims=(None, 0, 0))(weight, values, slopes), slopes)

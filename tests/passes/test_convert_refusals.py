@@ -153,7 +153,7 @@ def test_unknown_mode():
 
 def test_unknown_method():
     assert message(MethodError, mlp(), method="sr-ste") == (
-        "there is no method 'sr-ste'. Did you mean srste? See `nmgraph methods`."
+        "there is no method 'sr-ste'. Did you mean srste or sste? See `nmgraph methods`."
     )
 
 

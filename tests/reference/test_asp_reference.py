@@ -75,4 +75,4 @@ def test_frozen_mask_needs_no_attach(recwarn):
 def test_moment_of_the_second_choice_lies_in_the_run(value):
     with pytest.raises(MethodError) as caught:
         nmgraph.convert(nn.Linear(16, 8), method="asp", recompute_at=value)
-    assert str(caught.value) == f"asp: recompute_at={value} is a fraction of all steps, so it lies in 0 to 1."
+    assert str(caught.value) == f"asp: recompute_at={value} must lie in 0 to 1; it is a fraction of all steps."

@@ -57,7 +57,7 @@ def test_a_sum_of_accumulators_is_the_score_of_every_living_combination(pattern,
     for step in range(STEPS):
         grad = state.mask * (weight * state.mask - target + 0.5 * torch.randn_like(weight))
         literal.step(weight[:, 0], grad[:, 0], step + 1)
-        state, passed_on = method.update(weight, grad, state, pattern, Clock(step, STEPS, RATE))
+        state, passed_on, _ = method.update(weight, grad, state, pattern, Clock(step, STEPS, RATE))
         v = MOMENTUM * v + DECAY * c
         c = c - RATE * v
         weight = weight - 0.05 * grad

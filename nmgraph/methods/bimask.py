@@ -1,0 +1,140 @@
+"""Bi-Mask: Zhang et al., Bi-directional Masks for Efficient N:M Sparse Training (ICML 2023, arXiv 2302.06058).
+
+Two masks: the forward one of SR-STE along rows, and inside it a backward one along columns, so that the input
+gradient multiplies by an N:M weight as well. The rows are permuted first, by the best of some random permutations, so
+that fewer weights fall out of the backward mask. The weight's gradient is dense, as SR-STE's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.schedule import check_range
+from nmgraph.nm.masks import magnitude_mask
+from nmgraph.nm.pattern import Pattern
+from nmgraph.nm.permutation import OBJECTIVES, best_permutation, column_mask
+from nmgraph.nm.randomness import generator, seed_of
+from nmgraph.nm.straight_through import masked, straight_through
+
+
+class BiMaskState(NamedTuple):
+    """State of one weight.
+
+    Attributes:
+        permutation: int64 ``[O]``, which rows are neighbours in the backward mask.
+        seed: int64 scalar of this layer's random draws.
+        salience: float ``[O, S, C]``, what the backward mask ranks by; empty where that is the weight's magnitude.
+    """
+
+    permutation: Tensor
+    seed: Tensor
+    salience: Tensor
+
+
+@dataclass(frozen=True)
+class BiMask(Method[BiMaskState]):
+    """Separate masks for the forward product and for the input gradient.
+
+    Attributes:
+        decay: SR-STE's λ, of weights outside the forward mask.
+        interval: ΔT, steps between two choices of the permutation.
+        candidates: K, random permutations to choose from.
+        objective: what a permutation is chosen by: ``blocks``, the number of column blocks that lose nothing (the
+            paper), or ``kept``, the number of weights left (the official code).
+        criterion: what the backward mask ranks by (Table 8): ``weight``, ``gradient``, ``multinomial`` or ``random``.
+        backward_mask: False leaves the input gradient as it is (Table 9, baseline).
+        permute: False leaves the rows in their order (Table 9, "+ backward mask").
+        seed: of the random draws.
+
+    Raises:
+        MethodError: if a value lies outside its range.
+    """
+
+    name: ClassVar[str] = "bimask"
+    title: ClassVar[str] = "Bi-directional masks"
+    paper: ClassVar[str] = "Zhang et al., ICML 2023"
+    gradient: ClassVar[str] = "dense, straight through; masked weights decay; the input gradient is N:M"
+    state_cost: ClassVar[str] = "8 bytes per output channel"
+    time_cost: ClassVar[str] = "two sorts of every block per forward; K gathers per refresh"
+    unattached: ClassVar[str] = "masked weights do not decay, and rows are not permuted"
+    state_type: ClassVar[type[tuple[Any, ...]]] = BiMaskState
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "objective": tuple(OBJECTIVES),
+        "criterion": ("weight", "gradient", "multinomial", "random"),
+    }
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"decay": 2e-4, "interval": 100, "candidates": 100, "objective": "blocks"},
+            "SGD, momentum 0.9, weight decay as SR-STE's (CIFAR: 1e-3), learning rate 0.1 at batch 256, 5 epochs of warm-up, "
+            "cosine to 0, 120 epochs (CIFAR: 300)",
+        ),
+        "code": Preset(
+            {"decay": 2e-4, "interval": 100, "candidates": 10, "objective": "kept"},
+            "SGD, momentum 0.9, weight decay 1e-3 and none for batch norms, learning rate 0.1 at batch 256, no warm-up, "
+            "cosine to 0, label smoothing 0.1, 300 epochs (ResNet-32 on CIFAR-10)",
+            keep_dense=("head",),
+            block_axis="flat",
+        ),
+    }
+
+    decay: float = 2e-4
+    interval: int = 100
+    candidates: int = 100
+    objective: str = "blocks"
+    criterion: str = "weight"
+    backward_mask: bool = True
+    permute: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self.name, "decay", self.decay, 0.0, math.inf, "the paper's is 2e-4")
+        check_range(self.name, "interval", self.interval, 1, math.inf, "the paper's is 100")
+        check_range(self.name, "candidates", self.candidates, 1, math.inf, "the paper's is 100")
+
+    @property
+    def splits_backward(self) -> bool:
+        """Its backward mask is a part of the forward one."""
+        return self.backward_mask
+
+    def init(self, w_OSC: Tensor, pattern: Pattern) -> BiMaskState:
+        seed = seed_of(w_OSC, self.seed)
+        identity = torch.arange(w_OSC.shape[0], device=w_OSC.device)
+        # Until the first step there is no gradient, and nothing was drawn.
+        salience = torch.empty(0, device=w_OSC.device) if self.criterion == "weight" else w_OSC.abs().float()
+        return BiMaskState(identity, seed, salience)
+
+    def mask(self, w_OSC: Tensor, state: BiMaskState, pattern: Pattern) -> Tensor:
+        return magnitude_mask(w_OSC.detach(), pattern)
+
+    def operand(self, w_OSC: Tensor, state: BiMaskState, pattern: Pattern) -> Operand:
+        mask = self.mask(w_OSC, state, pattern)
+        forward = straight_through(w_OSC, mask)
+        if not self.backward_mask:
+            return Operand(forward)
+        scores = w_OSC.detach().abs() if self.criterion == "weight" else state.salience
+        kept = column_mask(scores, mask, state.permutation, pattern)  # Eq. 11, in the rows' own order
+        return Operand(forward, masked(w_OSC.detach(), kept))
+
+    def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, pattern: Pattern, clock: Clock) -> Update:
+        mask = self.mask(w_OSC, state, pattern)
+        if self.permute and self.backward_mask and clock.step % self.interval == 0:
+            draws = generator(state.seed, clock.step)
+            state = state._replace(permutation=best_permutation(mask, pattern, self.candidates, self.objective, draws))
+        if self.criterion != "weight":
+            state = state._replace(salience=self._salience(w_OSC, grad_OSC, state, clock))
+        return Update(state, grad_OSC + self.decay * w_OSC.masked_fill(mask, 0.0))  # SR-STE, Eq. 9
+
+    def _salience(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, clock: Clock) -> Tensor:
+        if self.criterion == "gradient":
+            return grad_OSC.abs().nan_to_num(0.0, 0.0, 0.0).float()
+        draws = torch.empty(w_OSC.shape).exponential_(generator=generator(state.seed, ~clock.step)).to(w_OSC.device)
+        # The N smallest of E / |w| are a sample without replacement of probabilities proportional to |w|.
+        return w_OSC.abs().float() / draws if self.criterion == "multinomial" else draws

@@ -1,0 +1,128 @@
+"""MaxQ: Xiang et al., MaxQ: Multi-Axis Query for N:M Sparsity Network (CVPR 2024, arXiv 2312.07061).
+
+The N:M mask by magnitude is multiplied by a soft query, which gives weights that are large within their filter, or
+within their kernel position, more say. Blocks become sparse one after the other, those with the largest norm first.
+The mask is folded into the weights at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.schedule import CURVES, check_phase, check_range, ramp
+from nmgraph.nm.grouping import blocks
+from nmgraph.nm.masks import magnitude_mask
+from nmgraph.nm.pattern import Pattern
+from nmgraph.nm.straight_through import replaced
+
+
+class MaxQState(NamedTuple):
+    """State of one weight.
+
+    Attributes:
+        dense_share: float32 scalar r, share of the blocks that are dense still.
+    """
+
+    dense_share: Tensor
+
+
+@dataclass(frozen=True)
+class MaxQ(Method[MaxQState]):
+    """Multi-axis query.
+
+    Attributes:
+        t_i: when blocks begin to become sparse, as a fraction of all steps.
+        t_f: when all are.
+        curve: how their share grows: ``cosine``, ``cubic`` or ``linear``.
+        decay: λ, of masked weights, as SR-STE's.
+        temperature: τ of the soft query.
+
+    Raises:
+        MethodError: if a value lies outside its range.
+    """
+
+    name: ClassVar[str] = "maxq"
+    title: ClassVar[str] = "Multi-axis query"
+    paper: ClassVar[str] = "Xiang et al., CVPR 2024"
+    gradient: ClassVar[str] = "dense, straight through; masked weights decay"
+    state_cost: ClassVar[str] = "none"
+    time_cost: ClassVar[str] = "four sorts of the weight per forward: of blocks, their norms, filters, kernel positions"
+    unattached: ClassVar[str] = "all blocks stay dense"
+    state_type: ClassVar[type[tuple[Any, ...]]] = MaxQState
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"curve": ("cosine", "cubic", "linear")}
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"t_i": 0.0, "t_f": 0.75, "decay": 2e-4, "temperature": 0.01},
+            "SGD, momentum 0.9, weight decay 1e-4 and none for one-dimensional parameters, learning rate 0.1 at "
+            "batch 256, cosine to 0 without warm-up, label smoothing 0.1, 120 epochs (ResNet on ImageNet)",
+        ),
+        "code": Preset(
+            {"t_i": 0.0, "t_f": 0.25, "curve": "linear", "decay": 2e-4, "temperature": 0.01},
+            "as the paper's; blocks become sparse over epochs 0 to 30 of 120 (the first public scripts)",
+        ),
+    }
+
+    t_i: float = 0.0
+    t_f: float = 0.75
+    curve: str = "cosine"
+    decay: float = 2e-4
+    temperature: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_phase(self.name, self.t_i, self.t_f)
+        check_range(self.name, "decay", self.decay, 0.0, math.inf, "the published one is 2e-4")
+        check_range(self.name, "temperature", self.temperature, 1e-6, math.inf, "the published one is 0.01")
+
+    def dense_share(self, progress: float) -> float:
+        """Give r, the share of the blocks that are dense by then."""
+        return 1.0 - CURVES[self.curve](ramp(progress, self.t_i, self.t_f))
+
+    def init(self, w_OSC: Tensor, pattern: Pattern) -> MaxQState:
+        return MaxQState(torch.tensor(self.dense_share(0.0), device=w_OSC.device))
+
+    def mask(self, w_OSC: Tensor, state: MaxQState, pattern: Pattern) -> Tensor:
+        w_OSC = w_OSC.detach()
+        norm_K = blocks(w_OSC.abs().float(), pattern.m).sum(-1).flatten()
+        order_K = norm_K.argsort(stable=True)
+        places_K = torch.arange(norm_K.numel(), device=w_OSC.device)
+        # The smallest blocks are dense the longest.
+        dense_K = torch.zeros_like(places_K, dtype=torch.bool).scatter(
+            0, order_K, places_K < torch.floor(state.dense_share * norm_K.numel())
+        )
+        dense_OSG1 = dense_K.reshape(*w_OSC.shape[:2], -1, 1)
+        return (blocks(magnitude_mask(w_OSC, pattern), pattern.m) | dense_OSG1).flatten(-2)
+
+    def operand(self, w_OSC: Tensor, state: MaxQState, pattern: Pattern) -> Operand:
+        w = w_OSC.detach()
+        query = 1.0 + self._query(w.flatten(1).abs().float(), pattern).reshape(w.shape)  # within each filter
+        if w.shape[1] > 1:  # within each kernel position, where there are several
+            across = w.transpose(0, 1)
+            query = query + self._query(across.flatten(1).abs().float(), pattern).reshape(across.shape).transpose(0, 1)
+        value = torch.where(self.mask(w, state, pattern), w * query.to(w.dtype), 0.0)
+        return Operand(replaced(w_OSC, value))
+
+    def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: MaxQState, pattern: Pattern, clock: Clock) -> Update:
+        decayed = w_OSC.masked_fill(self.mask(w_OSC, state, pattern), 0.0)
+        state = MaxQState(torch.full_like(state.dense_share, self.dense_share(clock.progress)))
+        return Update(state, grad_OSC + self.decay * decayed)
+
+    def conclude(self, w_OSC: Tensor, state: MaxQState, pattern: Pattern) -> MaxQState:
+        return MaxQState(torch.zeros_like(state.dense_share))
+
+    def _query(self, magnitude_RL: Tensor, pattern: Pattern) -> Tensor:
+        """Weigh every entry of a row against the row's (M-N)/M quantile: 0 below it, 0.5 to 1 from there on."""
+        length = magnitude_RL.shape[1]
+        q = (pattern.m - pattern.n) * length // pattern.m
+        ranked_RL, order_RL = magnitude_RL.sort(dim=1, stable=True)
+        threshold_R1 = ranked_RL[:, q - 1 : q + 1].mean(1, keepdim=True)
+        soft_RL = torch.sigmoid((ranked_RL - threshold_R1) / self.temperature)
+        soft_RL = soft_RL.masked_fill(torch.arange(length, device=soft_RL.device) < q, 0.0)
+        return torch.empty_like(soft_RL).scatter(1, order_RL, soft_RL)

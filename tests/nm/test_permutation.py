@@ -1,0 +1,186 @@
+"""Backward masks along permuted rows, and the choice of the permutation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from nmgraph.nm.masks import random_mask
+from nmgraph.nm.pattern import Pattern
+from nmgraph.nm.permutation import best_permutation, column_mask, eligible_blocks, kept_weights
+
+PATTERNS = st.sampled_from([Pattern(1, 2), Pattern(1, 4), Pattern(2, 4), Pattern(3, 4), Pattern(2, 7), Pattern(1, 16)])
+FEW_VALUES = st.integers(0, 3).map(float)  # few, so that ties are the rule
+
+
+def row_blocks(order, m):
+    """Split a row order into blocks of neighbours; the last one may be short."""
+    return [order[start : start + m] for start in range(0, len(order), m)]
+
+
+def slow_column_mask(scores, live, order, n, m):
+    """Take in every column of every block the n live rows with the highest scores, of equals the first in order."""
+    kept = torch.zeros_like(live)
+    _, positions, channels = live.shape
+    for rows in row_blocks(order, m):
+        for s in range(positions):
+            for c in range(channels):
+                alive = [row for row in rows if live[row, s, c]]
+                for row in sorted(alive, key=lambda row: -scores[row, s, c].item())[:n]:
+                    kept[row, s, c] = True
+    return kept
+
+
+def slow_counts(mask, order, m):
+    """Count the weights of every column of every block, one by one."""
+    _, positions, channels = mask.shape
+    return [
+        sum(bool(mask[row, s, c]) for row in rows)
+        for rows in row_blocks(order, m)
+        for s in range(positions)
+        for c in range(channels)
+    ]
+
+
+def slow_score(mask, order, pattern, objective):
+    counts = slow_counts(mask, order, pattern.m)
+    if objective == "blocks":
+        return sum(count <= pattern.n for count in counts)
+    return sum(min(count, pattern.n) for count in counts)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@st.composite
+def masks_and_orders(draw):
+    shape = (draw(st.integers(1, 18)), draw(st.integers(1, 2)), draw(st.integers(1, 3)))
+    live = torch.from_numpy(draw(hnp.arrays("bool", shape)))
+    return live, draw(st.permutations(range(shape[0])))
+
+
+@settings(max_examples=80)
+@given(masks_and_orders(), PATTERNS, st.data())
+def test_a_column_mask_equals_one_made_weight_by_weight(case, pattern, data):
+    live, order = case
+    scores = torch.from_numpy(data.draw(hnp.arrays("float32", tuple(live.shape), elements=FEW_VALUES)))
+    found = column_mask(scores, live, torch.tensor(order), pattern)
+    assert found.dtype == torch.bool
+    assert torch.equal(found, slow_column_mask(scores, live, order, pattern.n, pattern.m))
+
+
+@settings(max_examples=30)
+@given(masks_and_orders(), PATTERNS, st.data())
+def test_keep_takes_the_place_of_n_as_number_or_tensor(case, pattern, data):
+    live, order = case
+    keep = data.draw(st.integers(0, pattern.m))
+    scores = torch.rand(live.shape)
+    expected = slow_column_mask(scores, live, order, keep, pattern.m)
+    assert torch.equal(column_mask(scores, live, torch.tensor(order), pattern, keep), expected)
+    assert torch.equal(column_mask(scores, live, torch.tensor(order), pattern, torch.tensor(keep)), expected)
+
+
+@pytest.mark.parametrize("rows", [16, 18])  # whole blocks, and a short last one
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
+def test_a_column_mask_lies_inside_the_live_one_and_is_n_m_on_permuted_rows(pattern, rows):
+    pattern = Pattern.parse(pattern)
+    live, order = torch.rand(rows, 3, 40) < 0.7, torch.randperm(rows)
+    found = column_mask(torch.rand(rows, 3, 40), live, order, pattern)
+    assert not (found & ~live).any()
+    counts = [part.sum(0) for part in found[order].split(pattern.m)]
+    wanted = [part.sum(0).clamp(max=pattern.n) for part in live[order].split(pattern.m)]
+    assert all(map(torch.equal, counts, wanted))
+
+
+def test_the_permutation_decides_which_rows_compete():
+    scores, live = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(4, 1, 1), torch.ones(4, 1, 1, dtype=torch.bool)
+    in_order = column_mask(scores, live, torch.tensor([0, 1, 2, 3]), Pattern(1, 2))
+    reordered = column_mask(scores, live, torch.tensor([1, 0, 3, 2]), Pattern(1, 2))
+    paired_anew = column_mask(scores, live, torch.tensor([0, 3, 1, 2]), Pattern(1, 2))
+    assert in_order.flatten().tolist() == [False, True, False, True]
+    assert torch.equal(reordered, in_order)
+    assert paired_anew.flatten().tolist() == [False, False, True, True]
+
+
+def test_a_dead_weight_never_takes_the_place_of_a_live_one_however_high_its_score():
+    scores, live = (
+        torch.tensor([[[9.0]], [[8.0]], [[0.0]], [[0.0]]]),
+        torch.tensor([[[False]], [[False]], [[True]], [[True]]]),
+    )
+    assert column_mask(scores, live, torch.arange(4), Pattern(2, 4)).flatten().tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_scores_of_any_dtype_are_ranked(dtype):
+    scores, live, order = torch.rand(12, 2, 8).to(dtype), torch.rand(12, 2, 8) < 0.8, torch.randperm(12)
+    expected = slow_column_mask(scores, live, order.tolist(), 2, 4)
+    assert torch.equal(column_mask(scores, live, order, Pattern(2, 4)), expected)
+
+
+@settings(max_examples=60)
+@given(masks_and_orders(), PATTERNS)
+def test_eligible_blocks_and_kept_weights_equal_slow_counts(case, pattern):
+    mask, order = case
+    assert eligible_blocks(mask, torch.tensor(order), pattern) == slow_score(mask, order, pattern, "blocks")
+    assert kept_weights(mask, torch.tensor(order), pattern) == slow_score(mask, order, pattern, "kept")
+
+
+def test_counts_do_not_overflow_a_byte():
+    full = torch.ones(64, 4, 100, dtype=torch.bool)
+    assert kept_weights(full, torch.arange(64), Pattern(31, 32)) == 2 * 31 * 400
+    assert eligible_blocks(~full, torch.arange(64), Pattern(31, 32)) == 2 * 400
+    assert eligible_blocks(full, torch.arange(64), Pattern(31, 32)) == 0
+
+
+@pytest.mark.parametrize(("pattern", "share"), [("2:4", 0.8125), ("1:4", 0.6836), ("4:8", 0.8633), ("1:16", 0.6439)])
+def test_of_a_random_mask_survives_what_chance_allows(pattern, share):
+    # The mean of min(N, k) / N, where k of M rows hold a column: binomial with probability N / M.
+    pattern = Pattern.parse(pattern)
+    mask = random_mask((2048, 1, 256), pattern, generator(3))
+    identity = torch.arange(2048)
+    assert kept_weights(mask, identity, pattern) / int(mask.sum()) == pytest.approx(share, abs=0.005)
+    found = column_mask(torch.rand(mask.shape), mask, identity, pattern)
+    assert int(found.sum()) == kept_weights(mask, identity, pattern)
+
+
+@pytest.mark.parametrize("objective", ["blocks", "kept"])
+@pytest.mark.parametrize("rows", [16, 14])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_of_the_drawn_permutations_is_taken(objective, rows, seed):
+    pattern = Pattern(1, 4)
+    mask = random_mask((rows, 1, 24), pattern, generator(100 + seed))
+    source = generator(seed)
+    drawn = [torch.randperm(rows, generator=source) for _ in range(12)]
+    scores = [slow_score(mask, order.tolist(), pattern, objective) for order in drawn]
+    assert min(scores) < max(scores)
+    best = best_permutation(mask, pattern, 12, objective, generator(seed))
+    assert torch.equal(best, drawn[scores.index(max(scores))])
+    assert torch.equal(best.sort().values, torch.arange(rows))
+
+
+def test_the_two_objectives_prefer_different_permutations():
+    pattern = Pattern(1, 4)
+    mask = random_mask((16, 1, 24), pattern, generator(3))
+    chosen = {name: best_permutation(mask, pattern, 50, name, generator(0)) for name in ("blocks", "kept")}
+    assert not torch.equal(chosen["blocks"], chosen["kept"])
+    assert eligible_blocks(mask, chosen["blocks"], pattern) > eligible_blocks(mask, chosen["kept"], pattern)
+    assert kept_weights(mask, chosen["kept"], pattern) > kept_weights(mask, chosen["blocks"], pattern)
+
+
+def test_of_equal_permutations_the_first_drawn_is_taken():
+    full = torch.ones(8, 1, 4, dtype=torch.bool)
+    for objective in ("blocks", "kept"):
+        found = best_permutation(full, Pattern(2, 4), 10, objective, generator(7))
+        assert torch.equal(found, torch.randperm(8, generator=generator(7)))
+
+
+def test_more_candidates_never_do_worse():
+    mask = random_mask((32, 1, 64), Pattern(2, 4), generator(1))
+    kept = [
+        kept_weights(mask, best_permutation(mask, Pattern(2, 4), k, "kept", generator(5)), Pattern(2, 4))
+        for k in (1, 4, 16, 64)
+    ]
+    assert kept == sorted(kept)
+    assert kept[0] < kept[-1]
