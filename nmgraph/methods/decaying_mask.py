@@ -64,7 +64,7 @@ class DecayingMask(Method[DecayingMaskState]):
             {"curve": "exponential"},
             "as the dense network (ViT-Base on ImageNet: AdamW, 350 epochs): a dense phase, decay, fine-tuning under a binary mask",
         ),
-        "code": Preset({"curve": "exponential", "gradient_flow": "dense"}, "as the dense network"),
+        "code": Preset({"curve": "exponential", "gradient_flow": "dense"}, "as the paper's"),
     }
 
     t_i: float = 0.0

@@ -183,7 +183,7 @@ def _first_on_every_path(
             ends += [name] if isinstance(module, LAYERS) else []
         if inside or behind:
             passed.add(node)
-    return tuple(dict.fromkeys(ends))
+    return tuple(dict.fromkeys(ends if first else reversed(ends)))
 
 
 def count_calls(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:

@@ -4,16 +4,17 @@ import pytest
 import torch
 from models import cnn
 from torch.nn import functional as F
+from variants import VARIANTS
 
 import nmgraph
 
-METHODS = sorted(nmgraph.METHODS)
 STEPS = 10
 
 
-def make(method):
+def make(variant):
     torch.manual_seed(1)
-    model = nmgraph.convert(cnn(), method=method, layers={"3": "1:4"})
+    method, options = VARIANTS[variant]
+    model = nmgraph.convert(cnn(), method=method, layers={"3": "1:4"}, **options)
     return model, optimizer_of(model)
 
 
@@ -31,7 +32,7 @@ def run(model, optimizer, steps):
         optimizer.step()
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=VARIANTS)
 def uninterrupted(request):
     model, optimizer = make(request.param)
     run(model, optimizer, range(STEPS))

@@ -162,3 +162,30 @@ def test_a_methods_mask_is_what_its_forward_weight_shows(method):
     assert mask.dtype == torch.bool
     assert mask.shape == w_OSC.shape
     assert torch.equal(chosen.operand(w_OSC, state, pattern).forward != 0, mask)
+
+
+@pytest.mark.parametrize("method", ["asp", "bame", "gradual", "lbc", "rigl", "static"])
+def test_the_masked_gradient_that_a_user_clips_or_logs_is_the_one_that_is_applied(method):
+    torch.manual_seed(0)
+    model = nmgraph.convert(nn.Sequential(nn.Linear(16, 8)), method=method, **OPTIONS.get(method, {}))
+    layer, optimizer = model[0], torch.optim.SGD(model.parameters(), lr=0.05)
+    nmgraph.attach(model, optimizer, total_steps=STEPS)
+    applied = []
+    optimizer.register_step_pre_hook(lambda *_: applied.append(layer.nm_raw.grad.clone()))
+    dense_steps = 0
+    for _ in range(STEPS):
+        mask = layer.nm_mask().clone()
+        asked_for_dense = bool(getattr(layer.nm_state, "dense", False))
+        optimizer.zero_grad()
+        (model(torch.randn(8, 16)) - 1).square().mean().backward()
+        seen = layer.nm_raw.grad.clone()
+        optimizer.step()
+        if asked_for_dense:
+            dense_steps += 1
+            assert (seen[~mask] != 0).any()
+            assert torch.equal(applied[-1], seen * layer.nm_mask())
+        else:
+            kept = mask & layer.nm_mask()  # what is pruned in this very step takes none
+            assert torch.equal(applied[-1][kept], seen[kept])
+            assert not seen[~mask].any()
+    assert (dense_steps > 0) == (method in ("bame", "rigl"))

@@ -66,7 +66,8 @@ def test_the_clock_counts_the_step_being_taken_and_stops_at_the_end():
 @pytest.mark.parametrize("curve", CURVES)
 def test_every_curve_goes_from_none_to_all_and_never_falls(curve):
     heights = [CURVES[curve](i / 64) for i in range(65)]
-    assert (heights[0], heights[-1]) == (0.0, 1.0)
+    assert heights[0] == 0.0
+    assert heights[-1] == pytest.approx(1.0, abs=1e-15)
     assert heights == sorted(heights)
 
 
@@ -89,11 +90,13 @@ def test_the_kept_count_falls_from_m_to_n_and_is_the_nearest_whole_number(patter
     assert kept_count(1.0, pattern, curve) == pattern.n
     assert kept_count(earlier, pattern, curve) >= kept_count(later, pattern, curve)
     exactly = pattern.m - (pattern.m - pattern.n) * CURVES[curve](one)
-    assert abs(kept_count(one, pattern, curve) - exactly) <= 0.5 + 1e-9
+    assert abs(kept_count(one, pattern, curve) - exactly) <= 0.5 + 1e-8
 
 
 def test_half_a_weight_is_pruned():
     assert [kept_count(x, Pattern(2, 4), "linear") for x in (0.24, 0.25, 0.74, 0.75)] == [4, 3, 3, 2]
+    x = (55 / 120 - 0.25) / 0.25  # 5/6, were it not for rounding; 12.5 of 15
+    assert kept_count(x, Pattern(1, 16), "linear") == 3
 
 
 @pytest.mark.parametrize("value", ["", "OR", "xor"])

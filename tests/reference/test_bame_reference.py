@@ -437,6 +437,19 @@ def test_large_blocks_keep_their_masks():
     assert swapped(freeze_large=1.0)[0] == [False] * 4
 
 
+def test_what_stands_in_pruned_places_makes_no_block_large():
+    weights = [[*row[:3], 99.0] for row in SWAP_W[:2]] + SWAP_W[2:]  # such as an optimizer without a mask leaves
+    adapted, _, _ = adaption(free(freeze_large=0.5), weights, SWAP_G, SWAP_MASK)
+    assert [row[2] for row in adapted.tolist()] == [True, True, False, False]
+
+
+def test_a_run_attached_late_prunes_to_its_keep_count_at_once():
+    w, _, _ = random_blocks(20, 4, 4)
+    for step, kept in ((11, 3), (30, 2)):
+        after, _, _ = adaption(free(), w, w, torch.ones(20, 4, dtype=torch.bool), step=step + 1, fresh=True)
+        assert torch.equal(after, literal_prune(w, torch.ones(20, 4, dtype=torch.bool), kept, 4))
+
+
 def test_oscillating_blocks_keep_their_masks():
     assert swapped([0.1, 0.9, 0.0, 0.2], freeze_oscillating=0.5)[0] == [True, False, True, False]
     assert swapped([0.1, 0.9, 0.0, 0.2], freeze_oscillating=0.25)[0] == [True, False, True, True]

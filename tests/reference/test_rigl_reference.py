@@ -137,7 +137,7 @@ def test_masks_change_every_interval_until_the_end_of_the_phase_and_never_after(
     assert len(changed) > 5
 
 
-@pytest.mark.parametrize("t_f", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("t_f", [0.0, 0.5, 41 / 60, 1.0])
 def test_changes_come_before_the_end_of_the_phase(t_f):
     method = RigL(interval=10, t_f=t_f)
     expected = [t for t in (10, 20, 30, 40, 50) if t < t_f * 60]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from variants import VARIANTS
 
 import nmgraph
-from nmgraph.methods import METHODS
 
 STEPS = 12
 
-both = pytest.mark.parametrize("method", METHODS)
+every = pytest.mark.parametrize("variant", VARIANTS)
 optimizers = pytest.mark.parametrize(
     "make",
     [
@@ -24,13 +24,14 @@ optimizers = pytest.mark.parametrize(
 )
 
 
-def network(method, pattern="2:4"):
+def network(variant, pattern="2:4"):
+    method, options = VARIANTS[variant]
     net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
-    return nmgraph.convert(net, method=method, pattern=pattern)
+    return nmgraph.convert(net, method=method, pattern=pattern, **options)
 
 
-def start(method, make, attached=True):
-    model = network(method)
+def start(variant, make, attached=True):
+    model = network(variant)
     optimizer = make(model.parameters())
     if attached:
         nmgraph.attach(model, optimizer, total_steps=STEPS)
@@ -61,18 +62,18 @@ def equal(one, other):
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-@both
+@every
 @optimizers
 @pytest.mark.parametrize("order", ["load, then attach", "attach, then load"])
-def test_a_run_resumed_at_any_step_equals_one_that_never_stopped(method, make, order, caplog):
-    model, optimizer = start(method, make)
+def test_a_run_resumed_at_any_step_equals_one_that_never_stopped(variant, make, order, caplog):
+    model, optimizer = start(variant, make)
     saved = []
     for step in range(STEPS):
         saved.append(through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()}))
         train(model, optimizer, [step])
     for at, checkpoint in enumerate(saved):
         torch.manual_seed(100 + at)  # a new process has other initial weights
-        resumed, resumed_optimizer = start(method, make, attached=order == "attach, then load")
+        resumed, resumed_optimizer = start(variant, make, attached=order == "attach, then load")
         resumed.load_state_dict(checkpoint["model"], strict=True)
         resumed_optimizer.load_state_dict(checkpoint["optimizer"])
         if order == "load, then attach":
@@ -83,9 +84,9 @@ def test_a_run_resumed_at_any_step_equals_one_that_never_stopped(method, make, o
     assert caplog.messages == []
 
 
-@both
-def test_a_checkpoint_loaded_into_the_running_model_takes_it_back(method):
-    model, optimizer = start(method, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
+@every
+def test_a_checkpoint_loaded_into_the_running_model_takes_it_back(variant):
+    model, optimizer = start(variant, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
     train(model, optimizer, range(3))
     checkpoint = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     train(model, optimizer, range(3, STEPS))
@@ -97,11 +98,11 @@ def test_a_checkpoint_loaded_into_the_running_model_takes_it_back(method):
     assert equal(model.state_dict(), wanted)
 
 
-@both
-def test_the_state_of_a_trained_model_loads_strictly_into_a_fresh_one(method):
-    model, optimizer = start(method, lambda p: torch.optim.SGD(p, lr=0.05))
+@every
+def test_the_state_of_a_trained_model_loads_strictly_into_a_fresh_one(variant):
+    model, optimizer = start(variant, lambda p: torch.optim.SGD(p, lr=0.05))
     train(model, optimizer, range(STEPS))
-    fresh = network(method)
+    fresh = network(variant)
     fresh.load_state_dict(through_a_file(model.state_dict()), strict=True)
     x = torch.randn(8, 8, 4, 4)
     assert torch.equal(fresh(x), model(x))
@@ -109,7 +110,7 @@ def test_the_state_of_a_trained_model_loads_strictly_into_a_fresh_one(method):
     assert fresh[0].nm_clock.tolist() == [STEPS, STEPS]
 
 
-@both
+@every
 @pytest.mark.parametrize(
     "fill",
     [
@@ -118,11 +119,11 @@ def test_the_state_of_a_trained_model_loads_strictly_into_a_fresh_one(method):
     ],
     ids=["assigned", "copied"],
 )
-def test_a_model_converted_without_memory_takes_over_a_checkpoint(method, fill):
-    model, optimizer = start(method, lambda p: torch.optim.SGD(p, lr=0.05))
+def test_a_model_converted_without_memory_takes_over_a_checkpoint(variant, fill):
+    model, optimizer = start(variant, lambda p: torch.optim.SGD(p, lr=0.05))
     train(model, optimizer, range(4))
     with torch.device("meta"):
-        large = network(method)
+        large = network(variant)
     fill(large, copy.deepcopy(model.state_dict()))
     large_optimizer = torch.optim.SGD(large.parameters(), lr=0.05)
     nmgraph.attach(large, large_optimizer, total_steps=STEPS)
@@ -131,11 +132,11 @@ def test_a_model_converted_without_memory_takes_over_a_checkpoint(method, fill):
     assert equal(large.state_dict(), model.state_dict())
 
 
-@both
-def test_the_step_is_part_of_the_model_and_every_controller_reads_it(method):
-    model, optimizer = start(method, lambda p: torch.optim.SGD(p, lr=0.05))
+@every
+def test_the_step_is_part_of_the_model_and_every_controller_reads_it(variant):
+    model, optimizer = start(variant, lambda p: torch.optim.SGD(p, lr=0.05))
     train(model, optimizer, range(5))
-    resumed, resumed_optimizer = start(method, lambda p: torch.optim.SGD(p, lr=0.05), attached=False)
+    resumed, resumed_optimizer = start(variant, lambda p: torch.optim.SGD(p, lr=0.05), attached=False)
     resumed.load_state_dict(model.state_dict())
     controller = nmgraph.attach(resumed, resumed_optimizer, total_steps=STEPS)
     assert (controller.step, controller.progress) == (5, 5 / STEPS)
