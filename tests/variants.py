@@ -11,7 +11,7 @@ IN_SHORT = {
     "tmask": {"interval": 2, "decay": 2e-4},
 }
 VARIANTS = {name: (name, IN_SHORT.get(name, {})) for name in METHODS} | {
-    "bame, averaging": ("bame", {"interval": 2, "score_steps": 2, "gain": "adam", "changes": "applied"}),
+    "bame, averaging": ("bame", {"interval": 2, "score_steps": 2, "gain": "adam", "changes": "candidate"}),
     "bame, bidirectional": ("bame", {"interval": 2, "bidirectional": True, "candidates": 3}),
     "bimask by gradient": ("bimask", {"interval": 2, "candidates": 3, "criterion": "gradient", "objective": "kept"}),
     "bimask by lot": ("bimask", {"interval": 2, "candidates": 3, "criterion": "multinomial"}),

@@ -111,10 +111,10 @@ class Masked(nn.Module):
         return Operand(forward, None if backward is None else self._nm_in_own_shape(backward, raw))
 
     def nm_mask(self) -> Tensor:
-        """Compute the current forward mask: bool, in the raw parameter's shape."""
+        """Compute the current forward mask: bool, in the raw parameter's shape; training on does not change it."""
         told = self.nm_told
         mask_OSC = told.method.mask(self.nm_raw_OSC.detach(), self.nm_state, told.pattern)
-        return self._nm_in_own_shape(mask_OSC, self.nm_raw)
+        return self._nm_in_own_shape(mask_OSC, self.nm_raw).clone()
 
     def nm_unfinished(self) -> str | None:
         """Say what is missing until the mask is N:M; None when it is."""

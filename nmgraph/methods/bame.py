@@ -61,7 +61,8 @@ class BAME(Method[BAMEState]):
         freeze_large: α, share of blocks that may not change because their weights are largest.
         combine: how the two freeze a block: ``or`` (either does) or ``and`` (Eq. 10 as printed).
         memory: γ, of the moving average of mask changes.
-        changes: what counts as a change: the ``candidate`` mask against the last one, or the ``applied`` one.
+        changes: what counts as a change: the ``applied`` mask against the last one, or the ``candidate`` one. With
+            the latter a block that wants to change is frozen because it wants to, unless more than β of all do.
         thaw: blocks whose moving average is not above this are never frozen as oscillating.
         gain: what growing a weight is expected to gain: ``sgd``, η G² (Eq. 5), or ``adam``, η |G|.
         score_steps: gradients that an adaption adds up, of the steps before it and its own; the paper's is 1.
@@ -83,7 +84,7 @@ class BAME(Method[BAMEState]):
     state_type: ClassVar[type[tuple[Any, ...]]] = BAMEState
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "combine": ("or", "and"),
-        "changes": ("candidate", "applied"),
+        "changes": ("applied", "candidate"),
         "gain": ("sgd", "adam"),
     }
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -97,7 +98,7 @@ class BAME(Method[BAMEState]):
     freeze_large: float = 0.5
     combine: str = "or"
     memory: float = 0.9
-    changes: str = "candidate"
+    changes: str = "applied"
     thaw: float = 0.0
     gain: str = "sgd"
     score_steps: int = 1
@@ -136,7 +137,7 @@ class BAME(Method[BAMEState]):
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> BAMEState:
         rows, device = w_OSC.shape[0], w_OSC.device
-        return BAMEState(
+        state = BAMEState(
             mask=torch.ones(w_OSC.shape, dtype=torch.bool, device=device),
             keep=torch.tensor(pattern.m, device=device),
             oscillation=torch.zeros(blocks(w_OSC, pattern.m).shape[:-1], device=device),
@@ -145,6 +146,7 @@ class BAME(Method[BAMEState]):
             permutation=torch.arange(rows if self.bidirectional else 0, device=device),
             seed=seed_of(w_OSC, self.seed),
         )
+        return self.conclude(w_OSC, state, pattern) if self.t_i == 0 else state
 
     def mask(self, w_OSC: Tensor, state: BAMEState, pattern: Pattern) -> Tensor:
         return state.mask

@@ -91,7 +91,8 @@ class Gradual(Method[GradualState]):
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> GradualState:
         everything = torch.ones(w_OSC.shape, dtype=torch.bool, device=w_OSC.device)
-        return GradualState(torch.tensor(pattern.m, device=w_OSC.device), everything)
+        state = GradualState(torch.tensor(pattern.m, device=w_OSC.device), everything)
+        return self.conclude(w_OSC, state, pattern) if self.t_f == 0 else state
 
     def mask(self, w_OSC: Tensor, state: GradualState, pattern: Pattern) -> Tensor:
         return state.mask if self.base == "asp" else magnitude_mask(w_OSC.detach(), pattern, state.keep)

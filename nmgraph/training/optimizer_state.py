@@ -10,7 +10,7 @@ _NO_MOMENTS = frozenset({"step", "step_size"})  # Rprop's step sizes: a weight w
 
 
 def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, restart: Tensor) -> None:
-    """Set an optimizer's moments of some weights to zero, as they are before the first step.
+    """Set an optimizer's moments of some weights to what they are before the first step, mostly zero.
 
     A moment is a floating-point tensor of the parameter's shape in the optimizer's state (momentum buffers, averages
     of gradients and of their squares, maxima of these). What has another shape is shared among weights - Adafactor's
@@ -21,8 +21,10 @@ def clear_moments(optimizer: Optimizer, parameter: nn.Parameter, restart: Tensor
         parameter: whose state.
         restart: bool of the parameter's shape, the weights to forget.
     """
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
     for name, moment in optimizer.state.get(parameter, {}).items():
         is_moment = isinstance(moment, Tensor) and moment.is_floating_point() and moment.shape == parameter.shape
         if is_moment and name not in _NO_MOMENTS:
+            beginning = group.get("initial_accumulator_value", 0.0) if name == "sum" else 0.0  # Adagrad's
             with torch.no_grad():
-                moment.masked_fill_(restart, 0.0)
+                moment.masked_fill_(restart, beginning)

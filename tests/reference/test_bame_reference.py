@@ -111,7 +111,7 @@ def literal_run(weights, n, m, options):
     """Train with SGD and momentum 0.9; give weights and masks after every step, and what was counted."""
     gamma, beta = options.get("memory", 0.9), options.get("freeze_oscillating", 0.5)
     alpha, combine = options.get("freeze_large", 0.5), options.get("combine", "or")
-    changes, gain = options.get("changes", "candidate"), options.get("gain", "sgd")
+    changes, gain = options.get("changes", "applied"), options.get("gain", "sgd")
     thaw, averaged = options.get("thaw", 0.0), options.get("score_steps", 1)
     ws = [w.clone() for w in weights]
     bs = [torch.ones_like(w, dtype=torch.bool) for w in ws]
@@ -203,7 +203,7 @@ SOME_FROZEN = {"freeze_oscillating": 0.2, "freeze_large": 0.2}
 OPTIONS = [
     {},
     {"memory": 0.5, "combine": "and"},
-    {"changes": "applied", "memory": 0.75},
+    {"changes": "candidate", "memory": 0.75},
     {"freeze_oscillating": 0.0, "freeze_large": 0.0},
     {"freeze_oscillating": 0.3, "freeze_large": 0.1, "thaw": 0.05},
     {"gain": "adam"},
@@ -227,7 +227,7 @@ def compare_runs(n, m, options):
     start = [layer.nm_raw.detach().clone() for layer in layers(model)]
     expected, changed, frozen = literal_run(start, n, m, options)
     assert changed >= 4  # or the comparison would say little
-    assert frozen >= 10 or options.get("freeze_large") == 0.0
+    assert frozen >= 4 or options.get("freeze_large") == 0.0
 
     def compare(t):
         weights, masks, memories = expected[t]
@@ -484,7 +484,11 @@ def test_a_wanted_change_freezes_its_block_at_once():
 
 
 def test_the_moving_average_is_that_of_equation_8():
-    method, o, mask = free(memory=0.9, freeze_oscillating=0.5), [0.0] * 30, random_blocks(30, 4, 2)[2]
+    method, o, mask = (
+        free(memory=0.9, freeze_oscillating=0.5, changes="candidate"),
+        [0.0] * 30,
+        random_blocks(30, 4, 2)[2],
+    )
     for _ in range(6):
         w, g, _ = random_blocks(30, 4, 2)
         w = torch.where(mask, torch.randn(30, 4, dtype=torch.float64) * 0.3, 0.0)
