@@ -45,6 +45,18 @@ VARIANTS = (
     Variant("lbc, removal phase", "lbc", {"t_i": 0.0, "t_f": 1.0}),
     Variant("lbc, a step that removes", "lbc", {"t_i": 0.0, "t_f": 1.0}, attach_each_step=True),
     Variant("lbc, static phase", "lbc", {"t_i": 0.0, "t_f": 0.0}),
+    Variant("asp, static", "asp"),
+    Variant("bame, between adaptions", "bame", {"t_i": 0.0}),
+    Variant("bame, an adaption", "bame", {"t_i": 0.0, "interval": 1}),
+    Variant("bame bidirectional", "bame", {"t_i": 0.0, "bidirectional": True}),
+    Variant("bimask", "bimask"),
+    Variant("bimask, a permutation", "bimask", {"interval": 1}),
+    Variant("decaying-mask", "decaying-mask"),
+    Variant("maxq", "maxq"),
+    Variant("rigl, a change", "rigl", {"interval": 1}),
+    Variant("sste", "sste"),
+    Variant("tmask, between searches", "tmask"),
+    Variant("tmask, a search", "tmask", {"interval": 1}),
 )
 
 

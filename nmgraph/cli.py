@@ -99,7 +99,9 @@ def methods(json: JsonOption = False, debug: DebugOption = False) -> None:
         for row in rows:
             about = f"{row['title']} ({row['paper']})\n[dim]gradient[/]  {row['gradient']}"
             costs = f"[dim]state[/]     {row['state_cost']}\n[dim]time[/]      {row['time_cost']}"
-            options = "\n".join(f"{key}={value}" for key, value in row["options"].items())
+            options = "\n".join(
+                f"{key}={_shown(value, row['choices'].get(key))}" for key, value in row["options"].items()
+            )
             presets = f"[dim]presets[/]   {', '.join(row['presets'])}"
             table.add_row(row["name"], f"{about}\n{costs}\n{presets}", options)
         _answer(json, rows, table)
@@ -264,7 +266,15 @@ def _describe(cls: type[Any]) -> dict[str, Any]:
     keys = ("name", "title", "paper", "gradient", "state_cost", "time_cost")
     presets = {name: dataclasses.asdict(preset) for name, preset in cls.presets.items()}
     options = {f.name: f.default for f in dataclasses.fields(cls)}
-    return {key: getattr(cls, key) for key in keys} | {"options": options, "presets": presets}
+    choices = {option: list(words) for option, words in cls.choices.items()}
+    return {key: getattr(cls, key) for key in keys} | {"options": options, "choices": choices, "presets": presets}
+
+
+def _shown(value: Any, choices: list[str] | None) -> str:
+    """Write an option's default, and behind it the other words it may be."""
+    if choices:
+        return "|".join([value, *(word for word in choices if word != value)])
+    return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
 def _explain(name: str, preset: Preset) -> str:

@@ -103,6 +103,6 @@ class RigL(Method[RigLState]):
         dropped_OSC = top_n(-magnitude_OSC.flatten(), int(share * int(mask_OSC.sum()))).reshape(mask_OSC.shape)
         survives_OSGM = blocks(mask_OSC & ~dropped_OSC, pattern.m)
         # Those just dropped stand for growth, too; so a block with a large gradient on them changes nothing.
-        growth_OSGM = blocks(grad_OSC.abs(), pattern.m).masked_fill(survives_OSGM, -1.0)
+        growth_OSGM = blocks(grad_OSC.abs().nan_to_num(0.0, 0.0, 0.0), pattern.m).masked_fill(survives_OSGM, -1.0)
         missing_OSG1 = pattern.n - survives_OSGM.sum(-1, keepdim=True)
         return (survives_OSGM | top_n(growth_OSGM, missing_OSG1)).flatten(-2)
