@@ -16,6 +16,7 @@ from nmgraph.checkpoint.tensors import load_safetensors
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import ConversionError, ExportError, FileError
 from nmgraph.export.inputs import Inputs, find_inputs, make_inputs
+from nmgraph.export.semi_structured import Acceleration, accelerate_linears
 from nmgraph.export.tensorrt import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import LAYERS, masked_layers
@@ -324,6 +325,23 @@ def export(
         pruned=pruned,
         progress=progress,
     )
+
+
+def accelerate(model: nn.Module, *, example_inputs: Any) -> Acceleration:
+    """Let a finalized model's 2:4 linear layers run on sparse tensor cores in PyTorch, wherever that is faster.
+
+    Each layer is timed at the shape it is called with, dense against sparse, and changed in place only if it wins. On a
+    CPU nothing is changed, and every layer says why.
+
+    Args:
+        model: finalized, on the GPU, in half precision.
+        example_inputs: a tensor, a tuple of tensors or a dict of tensors, on the model's device.
+
+    Raises:
+        ConversionError: if the model is not finalized.
+        ExportError: if it does not take the inputs.
+    """
+    return accelerate_linears(model, make_inputs(example_inputs))
 
 
 def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> None:

@@ -8,6 +8,7 @@ def test_front_door_is_what_the_design_names():
         "METHODS",
         "NMGraphError",
         "Pattern",
+        "accelerate",
         "attach",
         "convert",
         "export",
