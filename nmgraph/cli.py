@@ -257,6 +257,25 @@ def verify(
         _answer(json, found.to_dict(), found, code=FINE if found.holds else FAILED)
 
 
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="ONNX files; the first is the baseline.")],
+    input: InputOption = [],  # noqa: B006
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Calls of each file that count.")] = 30,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time ONNX files in ONNX Runtime on this machine, side by side."""
+    with _answering(json, debug), _progress(json, len(files)) as progress:
+        from nmgraph.export.timing import time_files
+
+        found = time_files(files, inputs=_inputs(input), rounds=rounds, progress=progress)
+        note = (
+            "ONNX Runtime multiplies zeros like other numbers: sparse files are not faster here, only on NVIDIA GPUs."
+        )
+        _answer(json, found.to_dict(), found, note)
+
+
 def _require_no_directory(path: Path) -> None:
     if path.is_dir():
         raise FileError(f"{path} is a directory; give a model's file.")

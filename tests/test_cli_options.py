@@ -18,6 +18,7 @@ COMMANDS = {
         "CONVERTED", "--trt", "--no-onnx", "--safetensors", "--precision", "--input", "--model", "--trust",
         "-o --output", "--force", "--json", "--debug",
     ],
+    "bench": ["FILE...", "--input", "--rounds", "--json", "--debug"],
     "verify": ["FILE", "--pattern", "--model", "--trust", "--json", "--debug"],
 }  # fmt: skip
 

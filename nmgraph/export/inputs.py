@@ -112,7 +112,7 @@ def parse_inputs(texts: Sequence[str]) -> Inputs:
                 f"{text!r} is no input. Write [NAME=]SHAPE[:DTYPE], for example 1x3x224x224 or input_ids=1x16:int64; "
                 f"dtypes are {', '.join(DTYPES)}."
             )
-        tensor = _make_up(tuple(map(int, match[2].split("x"))), match[3] or "float32")
+        tensor = make_up(tuple(map(int, match[2].split("x"))), match[3] or "float32")
         if match[1]:
             kwargs[match[1]] = tensor
         else:
@@ -143,21 +143,26 @@ def find_inputs(model: nn.Module, manifest: Manifest | None, dtype: torch.dtype 
 
 def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]:
     if manifest is not None and manifest.inputs:
-        made = [(name, _make_up(shape, dtype)) for shape, dtype, name in manifest.inputs]
+        made = [(name, make_up(shape, dtype)) for shape, dtype, name in manifest.inputs]
         yield Inputs(tuple(t for name, t in made if not name), {n: t for n, t in made if n}, "as at conversion")
     config = getattr(model, "default_cfg", None)  # timm
     if isinstance(config, Mapping) and config.get("input_size"):
-        yield Inputs((_make_up((1, *config["input_size"]), "float32"),), {}, "the model's default_cfg")
+        yield Inputs((make_up((1, *config["input_size"]), "float32"),), {}, "the model's default_cfg")
     first = next((m for m in model.modules() if isinstance(m, LAYERS)), None)
     if isinstance(first, nn.Linear):
-        yield Inputs((_make_up((1, first.in_features), "float32"),), {}, "guessed from the first layer")
+        yield Inputs((make_up((1, first.in_features), "float32"),), {}, "guessed from the first layer")
     elif isinstance(first, nn.Conv2d):
         for size in (224, 32):
             shape = (1, first.in_channels, size, size)
-            yield Inputs((_make_up(shape, "float32"),), {}, "guessed from the first layer")
+            yield Inputs((make_up(shape, "float32"),), {}, "guessed from the first layer")
 
 
-def _make_up(shape: tuple[int, ...], dtype: str) -> Tensor:
+def make_up(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Make a tensor of random values, the same each time.
+
+    Raises:
+        ExportError: if there is no memory for it.
+    """
     generator = torch.Generator().manual_seed(0)
     kind = DTYPES[dtype]
     try:
