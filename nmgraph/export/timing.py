@@ -66,12 +66,12 @@ class Timings:
     def __rich__(self) -> Table:
         title = f"ONNX Runtime, {self.provider}, {self.threads} thread(s), medians of {self.rounds} calls in turn"
         table = Table(title=escape(title), title_justify="left", header_style="bold")
-        for column in ("file", "inputs", "median", "quartiles", "times the first"):
+        for column in ("file", "inputs", "median", "quartiles", "speed, first = 1"):
             table.add_column(column, overflow="fold", justify="left" if column in ("file", "inputs") else "right")
         for t in self.files:
             low, high = t.quartiles_ms
             spread = f"{low:.2f} to {high:.2f} ms"
-            table.add_row(escape(t.file), escape(t.inputs), f"{t.median_ms:.2f} ms", spread, f"{t.ratio:.2f} x as fast")
+            table.add_row(escape(t.file), escape(t.inputs), f"{t.median_ms:.2f} ms", spread, f"{t.ratio:.2f}")
         return table
 
 
