@@ -12,6 +12,7 @@ tensor core can use it where the kernel is larger than 1.
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal, TypeAlias
 
 from torch import Tensor
@@ -33,6 +34,18 @@ def canonical(weight: Tensor, axis: Axis = 1) -> Tensor:
         return weight.flatten(1).unsqueeze(1)
     moved = weight.movedim(axis, -1)
     return moved.unsqueeze(1) if moved.dim() == 2 else moved.flatten(1, -2)
+
+
+def canonical_shape(shape: tuple[int, ...], axis: Axis = 1) -> tuple[int, int, int]:
+    """Give the shape of :func:`canonical` of a weight of such a ``shape``.
+
+    >>> canonical_shape((8, 4, 3, 3)), canonical_shape((8, 4, 3, 3), FLAT)
+    ((8, 9, 4), (8, 1, 36))
+    """
+    if axis == FLAT:
+        return shape[0], 1, math.prod(shape[1:])
+    outputs, *kernel = (size for place, size in enumerate(shape) if place != axis)
+    return outputs, math.prod(kernel), shape[axis]
 
 
 def restore(t_OSC: Tensor, shape: tuple[int, ...], axis: Axis = 1) -> Tensor:
