@@ -29,6 +29,7 @@ the byte ``0b10_00_11_01``, 141.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from nmgraph.nm.masks import top_n
 from nmgraph.nm.pattern import Pattern
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK_WEIGHTS = 1 << 19  # at once; in between, a kept weight takes eight bytes
+_CHUNK_WEIGHTS = 1 << 20  # at once; in between, a kept weight takes eight bytes
 
 
 def _bit_values(device: torch.device) -> Tensor:
@@ -135,12 +136,19 @@ def compress(w_OSC: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """
     if not pattern.divides(w_OSC.shape[-1]):
         raise PatternError(f"{pattern.misfit(w_OSC.shape[-1])}.")
-    words = w_OSC.detach().contiguous().view(_BITS[w_OSC.element_size()])
+    words = w_OSC.detach().contiguous().view(_BITS[w_OSC.element_size()]).flatten()
     starts = _block_starts(words, pattern)
-    parts = [_compress_chunk(chunk, starts, pattern) for chunk in torch.split(words.flatten(), _chunk(pattern.m))]
-    values, packed = (torch.cat(part) for part in zip(*parts, strict=True))
-    shape = (*w_OSC.shape[:-1], w_OSC.shape[-1] // pattern.m, pattern.n)
-    return values.view(w_OSC.dtype).view(shape), packed
+    values = words.new_empty(len(words) // pattern.m * pattern.n)
+    packed = torch.empty(packed_bytes(len(values), pattern.m), dtype=torch.uint8, device=words.device)
+    for dense, kept, bits in _chunks(words, values, packed, pattern):
+        at = _kept_places(dense.bool(), pattern)
+        torch.index_select(dense, 0, at, out=kept)
+        positions = at.sub_(starts[: len(at)])
+        if len(at) and not (int(positions.min()) >= 0 and int(positions.max()) < pattern.m):
+            raise PatternError(f"a block keeps more than {pattern.n} of {pattern.m} weights.")
+        bits.copy_(pack_positions(positions.to(torch.uint8), pattern.m))
+    groups = w_OSC.shape[-1] // pattern.m
+    return values.view(w_OSC.dtype).view(*w_OSC.shape[:-1], groups, pattern.n), packed
 
 
 def decompress(values_OSGN: Tensor, packed_B: Tensor, pattern: Pattern) -> Tensor:
@@ -157,26 +165,19 @@ def decompress(values_OSGN: Tensor, packed_B: Tensor, pattern: Pattern) -> Tenso
     Raises:
         PatternError: if there are more or fewer positions than values, or those of a block do not ascend below M.
     """
-    outputs, kernel, groups, n = values_OSGN.shape
+    outputs, kernel, groups, _ = values_OSGN.shape
     if len(packed_B) != packed_bytes(values_OSGN.numel(), pattern.m):
         raise PatternError(f"{len(packed_B)} bytes of positions do not fit {values_OSGN.numel()} values at {pattern}.")
     words = values_OSGN.contiguous().view(_BITS[values_OSGN.element_size()]).flatten()
     dense = words.new_zeros(outputs * kernel * groups * pattern.m)
     starts = _block_starts(dense, pattern)
-    kept = _chunk(pattern.m) // pattern.m * n
-    chunks = zip(
-        torch.split(dense, _chunk(pattern.m)),
-        torch.split(words, kept),
-        torch.split(packed_B, packed_bytes(kept, pattern.m)),
-        strict=True,
-    )
-    for chunk, values, packed in chunks:
-        positions = unpack_positions(packed, len(values), pattern.m)
-        at = positions + starts[: len(values)]
+    for chunk, kept, bits in _chunks(dense, words, packed_B, pattern):
+        positions = unpack_positions(bits, len(kept), pattern.m)
+        at = positions + starts[: len(kept)]
         # Blocks follow each other, so that what ascends within each of them ascends throughout.
-        if len(values) and not (int(positions.max()) < pattern.m and bool((at[1:] > at[:-1]).all())):
+        if len(kept) and not (int(positions.max()) < pattern.m and bool((at[1:] > at[:-1]).all())):
             raise PatternError(_first_disorder(values_OSGN.shape, packed_B, pattern))
-        chunk.scatter_(0, at, values)
+        chunk.scatter_(0, at, kept)
     return dense.view(values_OSGN.dtype).view(outputs, kernel, groups * pattern.m)
 
 
@@ -185,21 +186,26 @@ def _chunk(m: int) -> int:
     return max(1, _CHUNK_WEIGHTS // (8 * m)) * 8 * m
 
 
+def _chunks(dense: Tensor, kept: Tensor, packed: Tensor, pattern: Pattern) -> Iterator[tuple[Tensor, ...]]:
+    """Cut dense weights, kept weights and packed positions, all flat, alongside each other; they are views."""
+    weights = _chunk(pattern.m)
+    values = weights // pattern.m * pattern.n
+    sizes = weights, values, packed_bytes(values, pattern.m)
+    return zip(*(torch.split(flat, size) for flat, size in zip((dense, kept, packed), sizes, strict=True)), strict=True)
+
+
 def _block_starts(w: Tensor, pattern: Pattern) -> Tensor:
     """Give, for each kept weight of one chunk, the place in the chunk where its block starts."""
     starts = torch.arange(0, min(w.numel(), _chunk(pattern.m)), pattern.m, device=w.device)
     return starts.unsqueeze(1).expand(-1, pattern.n).flatten()
 
 
-def _compress_chunk(words: Tensor, starts: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    kept = words.bool()
+def _kept_places(kept: Tensor, pattern: Pattern) -> Tensor:
+    """Give the indices of what to store: what is kept, and the first zeros of blocks that keep fewer than N."""
     at = _where(kept)
-    if len(at) != len(words) // pattern.m * pattern.n:
-        at = _where(_filled(blocks(kept, pattern.m), pattern).flatten())
-    values, positions = words.index_select(0, at), at.sub_(starts[: len(at)])
-    if len(at) and not (int(positions.min()) >= 0 and int(positions.max()) < pattern.m):
-        raise PatternError(f"a block keeps more than {pattern.n} of {pattern.m} weights.")
-    return values, pack_positions(positions.to(torch.uint8), pattern.m)
+    if len(at) == len(kept) // pattern.m * pattern.n:
+        return at
+    return _where(_filled(blocks(kept, pattern.m), pattern).flatten())
 
 
 def _where(flags: Tensor) -> Tensor:
