@@ -28,7 +28,8 @@ def decompress(path: str | Path) -> dict[str, Array]:
         path: a ``model.safetensors`` of ``nmgraph export --safetensors``.
 
     Returns:
-        Arrays of the stored dtypes; bfloat16, which numpy has not, as the same numbers in float32.
+        Arrays of the stored dtypes; bfloat16, which numpy has not, as the same numbers in float32. What was not
+        compressed is a read-only view of the file's content.
 
     Raises:
         ValueError: if the file is damaged, contradicts itself, or is of another version.
@@ -40,9 +41,11 @@ def decompress(path: str | Path) -> dict[str, Array]:
             raise ValueError(f"format {header['format']!r}, version {header['version']!r} is not known here")
         parts = {weight[part] for weight in header["weights"].values() for part in ("values", "positions")}
         dense = {name: array for name, (_, array) in stored.items() if name not in parts}
+        if len(parts) != 2 * len(header["weights"]) or dense.keys() & header["weights"].keys():
+            raise ValueError("a weight is stored twice, or two in the same tensor")
         dense |= {name: _weight(stored, **weight) for name, weight in header["weights"].items()}
         return dense | {name: dense[kept] for name, kept in header["shared"].items()}
-    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no compressed file of nmgraph: {type(error).__name__}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -114,8 +114,11 @@ def load_compressed(path: Path, model: nn.Module | None) -> nn.Module:
 
 def _manifest(text: str) -> Manifest:
     """Read a manifest, and look at what is used of it here: a file can claim anything."""
-    manifest = Manifest.from_json(text)
-    for entry in manifest.entries:
+    try:
+        manifest = Manifest.from_json(text)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its {MANIFEST_KEY} is damaged ({type(error).__name__}: {error})") from error
+    for entry in manifest.converted:
         if not isinstance(entry.name, str) or entry.axis not in (0, 1, FLAT):
             raise ValueError(f"its manifest gives {entry.name!s} the reduction axis {entry.axis!s:.20}")
         Pattern.parse(entry.pattern)
