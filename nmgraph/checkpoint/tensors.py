@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nmgraph.checkpoint.factory import load_weights, require_same_shapes
 from nmgraph.errors import FileError, PatternError
 from nmgraph.layers.masked import masked_layers
-from nmgraph.nm.grouping import FLAT
+from nmgraph.nm.grouping import is_axis
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.compression import SCHEMA_KEY, CompressedWeight, Schema, weight_of
 from nmgraph.passes.manifest import MANIFEST_KEY, Manifest, write_manifest
@@ -119,7 +119,7 @@ def _manifest(text: str) -> Manifest:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its {MANIFEST_KEY} is damaged ({type(error).__name__}: {error})") from error
     for entry in manifest.converted:
-        if not isinstance(entry.name, str) or entry.axis not in (0, 1, FLAT):
+        if not isinstance(entry.name, str) or not is_axis(entry.axis):
             raise ValueError(f"its manifest gives {entry.name!s} the reduction axis {entry.axis!s:.20}")
         Pattern.parse(entry.pattern)
     return manifest

@@ -21,6 +21,15 @@ Axis: TypeAlias = "int | Literal['flat']"
 FLAT: Final = "flat"
 
 
+def is_axis(value: object) -> bool:
+    """Tell whether a value read from a file is an :data:`Axis` of a weight; ``True`` is not 1 here.
+
+    >>> is_axis(0), is_axis("flat"), is_axis(True), is_axis(2)
+    (True, True, False, False)
+    """
+    return value == FLAT or (type(value) is int and value in (0, 1))
+
+
 def canonical(weight: Tensor, axis: Axis = 1) -> Tensor:
     """Read a weight as ``w_OSC``, as a view where the memory allows it.
 

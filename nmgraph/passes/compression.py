@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nmgraph.errors import ExportError, PatternError
-from nmgraph.nm.grouping import FLAT, Axis, canonical, canonical_shape, restore
+from nmgraph.nm.grouping import Axis, canonical, canonical_shape, is_axis, restore
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.packing import compress, decompress, packed_bytes
 from nmgraph.nm.pattern import Pattern
@@ -63,7 +63,7 @@ class CompressedWeight:
     def __post_init__(self) -> None:
         if not all(type(size) is int and size > 0 for size in self.shape) or not 2 <= len(self.shape) <= _MOST_AXES:
             raise ValueError(f"{list(self.shape)[:8]} is no weight's shape")
-        if self.axis != FLAT and (type(self.axis) is not int or self.axis not in (0, 1)):
+        if not is_axis(self.axis):
             raise ValueError(f"there is no reduction axis {self.axis!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"there is no weight of dtype {self.dtype!r}")

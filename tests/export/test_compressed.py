@@ -416,6 +416,7 @@ HOSTILE = {
     "shared": (lambda t, h, m: h["shared"].update({"x": "y"}), "it says that 'x' is the same as 'y', which can't be"),
     "shared list": (lambda t, h, m: h["shared"].update({"x": []}), "it says that 'x' is the same as [], which can't be"),
     "manifest axis": (lambda t, h, m: m["entries"][0].update(axis=9), "its manifest gives 0 the reduction axis 9"),
+    "manifest truth": (lambda t, h, m: m["entries"][0].update(axis=True), "its manifest gives 0 the reduction axis True"),
     "manifest pattern": (lambda t, h, m: m["entries"][0].update(pattern="1:4"),
                          "its manifest and its header nmgraph.compressed say different things of '0.weight'"),
     "manifest entry": (lambda t, h, m: m["entries"].pop(0),
