@@ -25,6 +25,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/packing.py
 
 # torch comes first and pinned, so that nothing after it pulls another build; torchvision and timm (tests only) come
 # without their dependencies, for the same reason.

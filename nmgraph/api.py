@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from nmgraph.checkpoint.factory import call_factory, load_weights
 from nmgraph.checkpoint.nm_file import is_nm_file, read_nm_file, write_nm_file
-from nmgraph.checkpoint.tensors import load_safetensors
+from nmgraph.checkpoint.tensors import load_compressed, verify_safetensors
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import ConversionError, ExportError, FileError
 from nmgraph.export.inputs import Inputs, find_inputs, make_inputs
@@ -243,8 +243,7 @@ def verify(
 
         return verify_onnx(load_onnx(path), path.name, wanted)
     if path.suffix == ".safetensors":
-        tensors, recorded = load_safetensors(path)
-        return verify_tensors(path.name, tensors, wanted, recorded)
+        return verify_safetensors(path, wanted)
     content = load_trusted(path, str(path), trust)
     if is_nm_file(content):
         return verify_model(read_nm_file(content, str(path), _made(model), trust), wanted)
@@ -279,7 +278,8 @@ def export(
             the usual ones for the model's first layer if it takes them.
         onnx: write ``model.onnx``, prove N:M on it and compare it in ONNX Runtime.
         trt: build a TensorRT engine.
-        safetensors: write the weights as ``model.safetensors``.
+        safetensors: write the weights as ``model.safetensors``, of converted ones only what they keep; ``load`` and
+            ``verify`` read it.
         precision: of the written weights: ``fp32``, ``fp16`` or ``bf16``.
         force: prune unfinished masks by what the method knows; the report names them.
         overwrite: replace an earlier export in ``directory``.
@@ -360,24 +360,27 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
     write_nm_file(unwrapped(model), path, factory)
 
 
-def load(path: str | Path, *, model: nn.Module | None = None, trust: Sequence[str] = ()) -> nn.Module:
-    """Read a converted model from a ``.nm.pt`` file, ready to train on.
+def load(path: str | Path, *, model: nn.Module | str | None = None, trust: Sequence[str] = ()) -> nn.Module:
+    """Read a converted model from a ``.nm.pt`` file, ready to train on; or a finalized one from ``.safetensors``.
 
     Args:
-        path: the file.
-        model: the dense model to convert and load into, instead of the one in the file.
+        path: the file; a ``.safetensors`` one as ``export`` writes it.
+        model: the dense model to convert and load into, or ``"pkg.mod:factory"``, instead of the one in the file. For a
+            ``.safetensors`` file it has to be given: its weights are replaced, its dtype and device stay.
         trust: packages whose pickled classes may be loaded, besides torch, torchvision, timm and transformers.
 
     Raises:
         FileError: if the file cannot be read or does not fit the model.
         UntrustedError: listing what it names outside the trusted packages; nothing of it was imported.
     """
+    if Path(path).suffix == ".safetensors":
+        return load_compressed(Path(path), _made(model))
     content = load_trusted(Path(path), str(path), trust)
     if not is_nm_file(content):
         raise FileError(
             f"{path} is no converted model. Make one with nmgraph.convert and nmgraph.save, or `nmgraph convert {path}`."
         )
-    return read_nm_file(content, str(path), model, trust)
+    return read_nm_file(content, str(path), _made(model), trust)
 
 
 def open_dense(path: str | Path, *, factory: str | None = None, trust: Sequence[str] = ()) -> nn.Module:

@@ -213,7 +213,7 @@ def export(
     converted: ConvertedArgument,
     trt: Annotated[bool, typer.Option("--trt", help="Build a TensorRT engine.")] = False,
     no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Write no ONNX file.")] = False,
-    safetensors: Annotated[bool, typer.Option("--safetensors", help="Write the weights as model.safetensors.")] = False,
+    safetensors: Annotated[bool, typer.Option("--safetensors", help="Write the weights, compressed.")] = False,
     precision: Annotated[
         str, typer.Option("--precision", metavar="fp32|fp16|bf16", help="Of the written weights.")
     ] = "fp32",

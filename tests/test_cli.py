@@ -339,6 +339,48 @@ def test_verify_reads_every_kind_of_file(files):
         assert {c["pattern"] for c in failed["checks"]} == {"1:4"}
 
 
+@pytest.fixture
+def compressed(converted):
+    answer("export", converted, "--no-onnx", "--safetensors", "--precision", "fp16")
+    return converted.with_name("net-export") / "model.safetensors"
+
+
+def test_export_says_the_sizes_of_compressed_weights(converted):
+    found = answer("export", converted, "--no-onnx", "--safetensors", "--precision", "fp16")
+    assert found["compression"] == {"weights": 2, "dense_bytes": 768, "compressed_bytes": 432, "ratio": 0.5625}
+    shown = call("export", converted, "--no-onnx", "--safetensors", "--precision", "fp16", "--force")
+    assert "56.25%" in words(shown)
+    assert "432 bytes in place of 768 for 2 weights" in words(shown)
+
+
+def test_verify_of_a_damaged_compressed_file_exits_with_1_and_names_the_weight(compressed):
+    content = bytearray(compressed.read_bytes())
+    content[-1] = 0  # the last tensor is 2.weight.positions
+    compressed.write_bytes(content)
+    found = answer("verify", compressed, code=1)
+    assert [(c["name"], c["finding"]) for c in found["checks"] if not c["holds"]] == [
+        ("2.weight", "block 2 of output 7, position 0 stores the positions 0, 0; they must ascend and be below 4")
+    ]
+    assert "2:4 fails: block 2 of output 7" in words(call("verify", compressed))
+
+
+def test_verify_of_a_truncated_compressed_file_is_a_mistake(compressed):
+    compressed.write_bytes(compressed.read_bytes()[:-1])
+    assert complaint("verify", compressed).startswith(f"{compressed} can't be read as safetensors: ")
+
+
+def test_compressed_weights_without_their_model_are_a_mistake(compressed):
+    assert complaint("export", compressed, "-o", compressed.with_name("out")) == (
+        f"{compressed} holds weights without their model. Give the dense model, whose tensors are replaced: "
+        "nmgraph.load(path, model=model), or --model package.module:function."
+    )
+
+
+def test_compressed_weights_and_their_model_export_again(compressed):
+    found = answer("export", compressed, "--model", "models:mlp", "-o", compressed.with_name("out"))
+    assert (found["holds"], found["weights"]["holds"], found["onnx"]["holds"]) == (True, True, True)
+
+
 def test_verify_of_a_dense_model_exits_with_1(dense):
     assert answer("verify", dense, code=1)["holds"] is False
     result = call("verify", dense)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 
-from torch import nn
+from torch import Tensor, nn
 
 from nmgraph.errors import FileError, MissingPackageError
 
@@ -49,3 +49,29 @@ def load_weights(model: nn.Module, state: dict[str, object], file: str) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise FileError(f"{file} does not fit {type(model).__name__}: {error}") from error
+
+
+def require_same_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], name: str) -> None:
+    """Refuse to load tensors of other names or shapes than a model's, before any of it is changed.
+
+    Args:
+        model: to load into.
+        shapes: of the tensors in the file.
+        name: of the file, in messages.
+
+    Raises:
+        FileError: listing what is missing, unexpected or of another shape.
+    """
+    own = {key: tuple(t.shape) for key, t in model.state_dict().items() if isinstance(t, Tensor)}
+    found = [f"{key} is missing in the file" for key in own if key not in shapes]
+    found += [f"{key} is not in the model" for key in shapes if key not in own]
+    found += [
+        f"{key} is {'x'.join(map(str, shapes[key]))} in the file, {'x'.join(map(str, size))} in the model"
+        for key, size in own.items()
+        if key in shapes and shapes[key] != size
+    ]
+    if found:
+        more = f"\n  and {len(found) - 8} more" if len(found) > 8 else ""
+        raise FileError(
+            f"{name} was made from another model than this {type(model).__name__}:\n  " + "\n  ".join(found[:8]) + more
+        )

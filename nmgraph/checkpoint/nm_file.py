@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nmgraph.checkpoint.factory import load_weights
+from nmgraph.checkpoint.factory import load_weights, require_same_shapes
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import FileError
 from nmgraph.files import written_atomically
@@ -116,7 +116,7 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
         raise FileError(
             f"{name} can't be loaded into this {type(model).__name__}, which is converted already. Give the dense model."
         )
-    _require_same_shapes(model, shapes, name)
+    require_same_shapes(model, shapes, name)
     missing = [
         site for site in recipes if not isinstance(getattr(model.get_submodule(site), "weight", None), nn.Parameter)
     ]
@@ -135,22 +135,6 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
 
 def _ours(key: str) -> bool:
     return key.rpartition(".")[2].startswith(PREFIX)
-
-
-def _require_same_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], name: str) -> None:
-    own = {key: tuple(t.shape) for key, t in model.state_dict().items() if isinstance(t, Tensor)}
-    found = [f"{key} is missing in the file" for key in own if key not in shapes]
-    found += [f"{key} is not in the model" for key in shapes if key not in own]
-    found += [
-        f"{key} is {'x'.join(map(str, shapes[key]))} in the file, {'x'.join(map(str, size))} in the model"
-        for key, size in own.items()
-        if key in shapes and shapes[key] != size
-    ]
-    if found:
-        more = f"\n  and {len(found) - 8} more" if len(found) > 8 else ""
-        raise FileError(
-            f"{name} was made from another model than this {type(model).__name__}:\n  " + "\n  ".join(found[:8]) + more
-        )
 
 
 def _pickled_skeleton(model: nn.Module) -> Tensor:

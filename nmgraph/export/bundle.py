@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
-from safetensors.torch import save_model
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from nmgraph.errors import ExportError
@@ -20,6 +21,7 @@ from nmgraph.export.onnx_file import write_onnx
 from nmgraph.export.parity import Parity, compare
 from nmgraph.export.proof import load_onnx, verify_onnx
 from nmgraph.files import directory_written_atomically
+from nmgraph.passes.compression import SCHEMA_KEY, Sizes, compress_state
 from nmgraph.passes.manifest import MANIFEST_KEY, Manifest
 from nmgraph.passes.verification import Verification, verify_model
 
@@ -40,6 +42,7 @@ class ExportReport:
         onnx: the proof on the ONNX file, if one was written.
         parity: ONNX Runtime against the finalized model, if one was written.
         pruned: layers whose masks were unfinished, and were pruned because of ``force``.
+        sizes: of the compressed weights, if they were written.
     """
 
     directory: Path
@@ -50,6 +53,7 @@ class ExportReport:
     onnx: Verification | None
     parity: Parity | None
     pruned: tuple[str, ...] = ()
+    sizes: Sizes | None = None
 
     @property
     def holds(self) -> bool:
@@ -70,6 +74,7 @@ class ExportReport:
             "weights": self.weights.to_dict(),
             "onnx": self.onnx.to_dict() if self.onnx else None,
             "parity": self.parity.to_dict() if self.parity else None,
+            "compression": self.sizes.to_dict() if self.sizes else None,
         }
 
     def __str__(self) -> str:
@@ -90,6 +95,8 @@ class ExportReport:
             )
         if self.inputs:
             table.add_row("inputs", "", escape(self.inputs))
+        if self.sizes:
+            table.add_row("compressed weights", f"{self.sizes.ratio:.2%}", str(self.sizes))
         for name, size in self.files.items():
             table.add_row("file", "", f"{name} ({size / 1e6:,.1f} MB)")
         return table
@@ -135,14 +142,14 @@ def write_bundle(
         manifest: of the conversion.
         inputs: to write ONNX with; None writes none.
         precision: what the weights are in.
-        safetensors: write the finalized weights as ``model.safetensors``.
+        safetensors: write the finalized weights as ``model.safetensors``, compressed.
         pruned: layers that were unfinished, for the report.
         progress: called with what begins.
 
     Raises:
         ExportError: if the model cannot be exported; nothing is written then.
     """
-    onnx_proof, parity = None, None
+    onnx_proof, parity, sizes = None, None, None
     with directory_written_atomically(directory, _OURS) as temporary:
         progress("checking weights")
         weights = verify_model(model)
@@ -156,9 +163,21 @@ def write_bundle(
             parity = compare(model, path, inputs, PRECISIONS[precision])
         if safetensors:
             progress("writing safetensors")
-            save_model(model, str(temporary / "model.safetensors"), {"format": "pt", MANIFEST_KEY: manifest.to_json()})
+            sizes = _write_safetensors(model, temporary / "model.safetensors", manifest)
         (temporary / "manifest.json").write_text(manifest.to_json() + "\n")
         files = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
-        found = ExportReport(directory, files, precision, str(inputs or ""), weights, onnx_proof, parity, pruned)
+        found = ExportReport(directory, files, precision, str(inputs or ""), weights, onnx_proof, parity, pruned, sizes)
         (temporary / "report.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     return found
+
+
+def _write_safetensors(model: nn.Module, path: Path, manifest: Manifest) -> Sizes:
+    tensors, schema, sizes = compress_state(model.state_dict(), manifest)
+    metadata = {"format": "pt", MANIFEST_KEY: manifest.to_json(), SCHEMA_KEY: schema.to_json()}
+    try:
+        save_file(tensors, str(path), metadata)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ExportError(
+            f"safetensors can't store {type(model).__name__}: {error}. Export without --safetensors."
+        ) from error
+    return sizes

@@ -12,12 +12,22 @@ tensor core can use it where the kernel is larger than 1.
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal, TypeAlias
 
 from torch import Tensor
 
 Axis: TypeAlias = "int | Literal['flat']"
 FLAT: Final = "flat"
+
+
+def is_axis(value: object) -> bool:
+    """Tell whether a value read from a file is an :data:`Axis` of a weight; ``True`` is not 1 here.
+
+    >>> is_axis(0), is_axis("flat"), is_axis(True), is_axis(2)
+    (True, True, False, False)
+    """
+    return value == FLAT or (type(value) is int and value in (0, 1))
 
 
 def canonical(weight: Tensor, axis: Axis = 1) -> Tensor:
@@ -33,6 +43,18 @@ def canonical(weight: Tensor, axis: Axis = 1) -> Tensor:
         return weight.flatten(1).unsqueeze(1)
     moved = weight.movedim(axis, -1)
     return moved.unsqueeze(1) if moved.dim() == 2 else moved.flatten(1, -2)
+
+
+def canonical_shape(shape: tuple[int, ...], axis: Axis = 1) -> tuple[int, int, int]:
+    """Give the shape of :func:`canonical` of a weight of such a ``shape``.
+
+    >>> canonical_shape((8, 4, 3, 3)), canonical_shape((8, 4, 3, 3), FLAT)
+    ((8, 9, 4), (8, 1, 36))
+    """
+    if axis == FLAT:
+        return shape[0], 1, math.prod(shape[1:])
+    outputs, *kernel = (size for place, size in enumerate(shape) if place != axis)
+    return outputs, math.prod(kernel), shape[axis]
 
 
 def restore(t_OSC: Tensor, shape: tuple[int, ...], axis: Axis = 1) -> Tensor:

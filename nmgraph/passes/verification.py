@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -160,15 +161,20 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
 
 
 def verify_tensors(
-    subject: str, tensors: dict[str, Tensor], pattern: Pattern | None = None, manifest: Manifest | None = None
+    subject: str,
+    tensors: dict[str, Tensor],
+    pattern: Pattern | None = None,
+    manifest: Manifest | None = None,
+    unreadable: Sequence[WeightCheck] = (),
 ) -> Verification:
     """Check the weights of a state_dict, where only names and shapes are known.
 
     A tensor counts as a weight if it is called ``weight`` and has at least two axes. It has to hold if the manifest
-    says so, or without one if its second axis is a multiple of M.
+    says so, or without one if its second axis is a multiple of M. What is said already of weights that could not be
+    read stands first.
     """
     patterns, axes = (manifest.patterns, manifest.axes) if manifest else ({}, {})
-    checks = []
+    checks = list(unreadable)
     for name, tensor in tensors.items():
         site, _, key = name.rpartition(".")
         if key == "weight" and tensor.dim() >= 2 and tensor.is_floating_point():
