@@ -143,7 +143,8 @@ def write_engine(
     built = build_engine(
         trt, onnx_path, shapes, sparse=True, timing_cache=timing_cache, progress=lambda p: progress(f"{stage}: {p}")
     )
-    _write(directory, built, this_machine(trt))
+    machine = this_machine(trt)
+    _write(directory, built, machine)
     engine = load_engine(trt, directory / ENGINE)
     layers = inspect_engine(trt, engine)
     (directory / LAYERS).write_text(layers + "\n")
@@ -155,7 +156,7 @@ def write_engine(
     found = dict(zip(names, executions[0].answer(names), strict=True))
     sparse, *dense = time_in_turns(executions)
     return EngineReport(
-        this_machine(trt), precision, compare_outputs(expected, found, TOLERANCE[precision]),
+        machine, precision, compare_outputs(expected, found, TOLERANCE[precision]),
         _judge_all(list_products(file), proof, layers, built), sparse, dense[0] if dense else None,
         parse_log(built.log).eligible is not None,
     )  # fmt: skip

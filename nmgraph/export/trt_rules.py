@@ -42,7 +42,7 @@ def require_sparse_sites(manifest: Manifest, projected: bool) -> None:
     reasons = "; ".join(dict.fromkeys(_misfit(entry, projected) for entry in hopeless))
     now = "" if projected else ", or prune further now with --project 2:4, which the report tells the cost of"
     raise ExportError(
-        f"none of the {len(hopeless)} sparse layers ({names}{', ...' if len(hopeless) > 4 else ''}) could use TensorRT's "
+        f"no sparse layer ({names}{', ...' if len(hopeless) > 4 else ''}) could use TensorRT's "
         f"sparse tactics, which take at most 2 of every 4 input channels: {reasons}. Train at 2:4, 1:4, 2:8 or 1:16 "
         f"along the channels{now}."
     )
@@ -65,7 +65,7 @@ def sparsity_notes(manifest: Manifest, proof: Verification, precision: str) -> t
     lost = [c for c in proof.checks if c.name in manifest.patterns and c.tensorrt]
     if lost:
         named = "; ".join(f"{c.name} ({c.pattern}: {c.tensorrt})" for c in lost)
-        notes.append(f"{len(lost)} sparse layers run dense in TensorRT: {named}.")
+        notes.append(f"Sparse, and yet dense in TensorRT: {named}.")
     return tuple(notes)
 
 

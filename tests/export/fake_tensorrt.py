@@ -100,6 +100,7 @@ class Builder:
             "profiles": [p.fake_shapes for p in config.fake_profiles],
         })  # fmt: skip
         if not _phases(config.progress_monitor):
+            fake_world.builds[-1]["stopped"] = True
             return None
         if "build" in fake_world.broken:
             self.fake_logger.log(ILogger.Severity.ERROR, "Could not find any implementation for node node_conv2d.")

@@ -74,6 +74,11 @@ def test_published_dense_tactics_are_known(tactic):
     assert told("a", json.dumps({"Layers": [{"Name": "a", "TacticName": tactic}]}))[0] == "dense"
 
 
+def test_name_of_a_generated_kernel_is_no_tactic():
+    layer = {"Name": "__myl_Gat", "Metadata": "[ONNX Layer: a]", "TacticName": "__myl_SparseGather_0x5d1c"}
+    assert told("a", json.dumps({"Layers": [layer]}))[0] == "not visible"
+
+
 def test_a_node_is_not_taken_for_one_whose_name_begins_alike():
     assert told("Conv", texts.INSPECTOR_8, texts.LOG_8_SPARSE) == ("not visible", "", False)
     assert told("node_conv2d_10", texts.INSPECTOR_11)[0] == "not visible"
