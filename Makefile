@@ -2,12 +2,13 @@
 # make test    the test suite
 # make lint    ruff, mypy
 # make bench   the slow tests and the benchmarks
+# make bindings   fetch TensorRT's Python bindings (5 MB, no libraries), which one slow test looks at
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench bindings
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -26,6 +27,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/packing.py
+
+bindings: $(INSTALLED)
+	$(BIN)/python tests/export/bindings_wheels.py fetch
 
 # torch comes first and pinned, so that nothing after it pulls another build; torchvision and timm (tests only) come
 # without their dependencies, for the same reason.

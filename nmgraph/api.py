@@ -17,7 +17,8 @@ from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import ConversionError, ExportError, FileError
 from nmgraph.export.inputs import Inputs, find_inputs, make_inputs
 from nmgraph.export.semi_structured import Acceleration, accelerate_linears
-from nmgraph.export.tensorrt import require_tensorrt
+from nmgraph.export.trt_machine import require_tensorrt
+from nmgraph.export.trt_rules import parse_projection, require_sparse_sites
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import LAYERS, masked_layers
 from nmgraph.layers.recipe import Recipe
@@ -27,6 +28,8 @@ from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import find_sites
 from nmgraph.passes.finalize import fold, require_finished
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
+from nmgraph.passes.projection import Projection
+from nmgraph.passes.projection import project as project_sites
 from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, rewrite
 from nmgraph.passes.structure import copy_structure, duplicate, share_parameters, unwrapped
 from nmgraph.passes.trace import count_calls, trace_both_modes, uses
@@ -263,6 +266,9 @@ def export(
     example_inputs: Any = None,
     onnx: bool = True,
     trt: bool = False,
+    compare: bool = True,
+    trt_command: bool = False,
+    project: str | Pattern | None = None,
     safetensors: bool = False,
     precision: str = "fp32",
     force: bool = False,
@@ -277,13 +283,17 @@ def export(
         example_inputs: a tensor, a tuple of tensors or a dict of tensors; by default those of the conversion, or
             the usual ones for the model's first layer if it takes them.
         onnx: write ``model.onnx``, prove N:M on it and compare it in ONNX Runtime.
-        trt: build a TensorRT engine.
+        trt: build a TensorRT engine with sparse tactics allowed, and its dense twin; needs TensorRT and a GPU.
+        compare: False builds no dense twin.
+        trt_command: put the ``trtexec`` line that builds the engine on another machine into the report.
+        project: ``"2:4"`` prunes sparse layers that TensorRT's sparse tactics could not take (such as 4:8) further, by
+            magnitude; the report says what that took away.
         safetensors: write the weights as ``model.safetensors``, of converted ones only what they keep; ``load`` and
             ``verify`` read it.
         precision: of the written weights: ``fp32``, ``fp16`` or ``bf16``.
         force: prune unfinished masks by what the method knows; the report names them.
         overwrite: replace an earlier export in ``directory``.
-        progress: called with what begins.
+        progress: called with what begins; of an engine's build also with how far it is, after a colon.
 
     Returns:
         A report; its ``holds`` tells whether every check held.
@@ -291,23 +301,34 @@ def export(
     Raises:
         NMGraphError: if nothing could be written.
     """
-    if trt:
-        require_tensorrt()
+    tensorrt = require_tensorrt() if trt else None
+    target = None if project is None else parse_projection(project)
+    if (trt or trt_command) and not onnx:
+        raise ExportError("a TensorRT engine is built from the ONNX file: leave onnx on (no --no-onnx).")
+    if not compare and not trt:
+        raise ExportError("there is no engine to compare: --no-compare (compare=False) goes with --trt.")
     if not onnx and not safetensors:
         raise ExportError("there is nothing to export: leave onnx on, or ask for safetensors.")
     # Only here: onnx and onnxruntime take a second to import.
     from nmgraph.export.bundle import dtype_of, require_export_directory, write_bundle
+    from nmgraph.export.trt_report import TensorRT
 
     dtype, directory = dtype_of(precision, onnx), Path(directory)
     require_writable(directory, overwrite=overwrite)
     require_export_directory(directory)
     model = unwrapped(model)
     recorded = require_manifest(model)
+    if trt or trt_command:
+        require_sparse_sites(recorded, projected=target is not None)
     progress("finalizing")
     sparse = masked_layers(model)
     # Without force, finalize refuses what is unfinished.
     pruned = tuple(name for name, layer in sparse.items() if layer.nm_unfinished()) if force else ()
     finished = finalize(model, force=force) if sparse else copy_structure(model, duplicate)
+    projected: tuple[Projection, ...] = ()
+    if target is not None:
+        projected, recorded = project_sites(finished, recorded, target)
+        write_manifest(finished, recorded)
     finished = finished.to("cpu", dtype).eval()
     inputs = None
     if onnx and example_inputs is None:
@@ -323,6 +344,8 @@ def export(
         precision=precision,
         safetensors=safetensors,
         pruned=pruned,
+        projected=projected,
+        tensorrt=TensorRT(tensorrt, compare) if trt or trt_command else None,
         progress=progress,
     )
 

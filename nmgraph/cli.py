@@ -23,7 +23,7 @@ import nmgraph
 from nmgraph import api
 from nmgraph.checkpoint.factory import call_factory
 from nmgraph.errors import ConversionError, FileError, MethodError, NMGraphError
-from nmgraph.export.tensorrt import require_tensorrt
+from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import masked_layers
 from nmgraph.layers.recipe import Recipe
@@ -32,7 +32,7 @@ from nmgraph.methods.contract import Preset
 from nmgraph.nm.pattern import Pattern
 
 FINE, FAILED, MISUSED = 0, 1, 2
-_EXPORT_STAGES, _CONVERT_STAGES = 6, 2
+_EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES = 6, 3, 2
 
 app = typer.Typer(
     name="nmgraph",
@@ -211,7 +211,14 @@ def status(
 @app.command()
 def export(
     converted: ConvertedArgument,
-    trt: Annotated[bool, typer.Option("--trt", help="Build a TensorRT engine.")] = False,
+    trt: Annotated[bool, typer.Option("--trt", help="Build a TensorRT engine, and a dense one to compare.")] = False,
+    no_compare: Annotated[bool, typer.Option("--no-compare", help="With --trt: build no dense engine.")] = False,
+    trt_command: Annotated[
+        bool, typer.Option("--trt-command", help="Print the trtexec line for another machine.")
+    ] = False,
+    project: Annotated[
+        str | None, typer.Option("--project", metavar="2:4", help="Prune sparse layers further that are not 2:4.")
+    ] = None,
     no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Write no ONNX file.")] = False,
     safetensors: Annotated[bool, typer.Option("--safetensors", help="Write the weights, compressed.")] = False,
     precision: Annotated[
@@ -228,7 +235,7 @@ def export(
     debug: DebugOption = False,
 ) -> None:
     """Finalize a trained model, write it, and prove what was written."""
-    with _answering(json, debug), _progress(json, _EXPORT_STAGES) as progress:
+    with _answering(json, debug), _progress(json, _EXPORT_STAGES + _ENGINE_STAGES * trt) as progress:
         if trt:
             require_tensorrt()
         _require_no_directory(converted)
@@ -236,10 +243,12 @@ def export(
         require_writable(out, overwrite=force)
         model = nmgraph.load(converted, model=call_factory(factory) if factory else None, trust=trust)
         report = nmgraph.export(
-            model, out, example_inputs=_inputs(input), onnx=not no_onnx, trt=trt, safetensors=safetensors,
-            precision=precision, force=force, overwrite=force, progress=progress,
+            model, out, example_inputs=_inputs(input), onnx=not no_onnx, trt=trt, compare=not no_compare,
+            trt_command=trt_command, project=project, safetensors=safetensors, precision=precision, force=force,
+            overwrite=force, progress=progress,
         )  # fmt: skip
-        _answer(json, report.to_dict(), report, code=FINE if report.holds else FAILED)
+        note = f"To build the engine on another machine, in a copy of {out}:\n{report.trtexec}" if trt_command else ""
+        _answer(json, report.to_dict(), report, note, code=FINE if report.holds else FAILED)
 
 
 @app.command()
@@ -381,8 +390,11 @@ def _progress(json: bool, stages: int) -> Iterator[Callable[[str], None]]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=json or not console.is_terminal) as bar:
         task = bar.add_task("reading", total=stages + 1)
+        begun = ""
 
         def advance(stage: str) -> None:
-            bar.update(task, description=stage, advance=1)
+            nonlocal begun
+            before, begun = begun, stage.partition(":")[0]  # what follows tells how far the same stage is
+            bar.update(task, description=stage, advance=begun != before)
 
         yield advance

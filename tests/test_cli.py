@@ -306,10 +306,50 @@ def test_export_that_does_not_agree_exits_with_1(tmp_path):
     assert "A CHECK DID NOT HOLD" in words(call(*arguments))
 
 
-def test_export_of_an_engine_without_tensorrt_fails_before_any_work(tmp_path):
+def test_export_of_an_engine_without_tensorrt_fails_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     text = complaint("export", tmp_path / "no-such-model.nm.pt", "--trt")
     assert text.startswith("--trt needs TensorRT, which is not installed: pip install tensorrt")
-    assert "trtexec --onnx=model.onnx --sparsity=enable" in text
+    assert "--trt-command" in text
+
+
+def test_export_prints_the_command_for_another_machine(converted):
+    out = converted.with_name("net-export")
+    line = "trtexec --onnx=model.onnx --saveEngine=model.plan --stronglyTyped --sparsity=enable "
+    result = call("export", converted, "--trt-command")
+    assert result.exit_code == 0
+    note = f"To build the engine on another machine, in a copy of {out}:\n{line}"
+    assert note in result.stdout
+    assert "Export with --precision fp16." in words(result)
+    assert answer("export", converted, "--trt-command", "--force")["trtexec"].startswith(line)
+    assert answer("export", converted, "--force")["trtexec"] == ""
+
+
+def test_export_projects_what_sparse_tactics_could_not_take(tmp_path):
+    nmgraph.save(nmgraph.convert(mlp(), method="srste", pattern="4:8"), tmp_path / "net.nm.pt")
+    assert complaint("export", tmp_path / "net.nm.pt", "--trt-command").startswith(
+        "no sparse layer (0, 2) could use TensorRT's sparse tactics"
+    )
+    assert not (tmp_path / "net-export").exists()
+    found = answer("export", tmp_path / "net.nm.pt", "--trt-command", "--project", "2:4")
+    assert [(p["name"], p["before"], p["after"]) for p in found["projected"]] == [
+        ("0", "4:8", "2:4"),
+        ("2", "4:8", "2:4"),
+    ]
+    assert all(0.5 < p["kept_magnitude"] < 1 for p in found["projected"])
+
+
+def test_bar_moves_once_a_stage_and_tells_how_far_it_is(monkeypatch):
+    from nmgraph import cli
+
+    updates = []
+    monkeypatch.setattr(cli.Progress, "update", lambda self, task, **values: updates.append(values))
+    with cli._progress(True, 3) as progress:
+        for stage in ("writing", "building", "building: 50 %", "building: 100 %", "running"):
+            progress(stage)
+    assert [(u["description"], int(u["advance"])) for u in updates] == [
+        ("writing", 1), ("building", 1), ("building: 50 %", 0), ("building: 100 %", 0), ("running", 1),
+    ]  # fmt: skip
 
 
 @pytest.fixture

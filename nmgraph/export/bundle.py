@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
@@ -16,16 +17,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nmgraph.errors import ExportError
+from nmgraph.export import trt_files
 from nmgraph.export.inputs import Inputs
 from nmgraph.export.onnx_file import write_onnx
 from nmgraph.export.parity import Parity, compare
 from nmgraph.export.proof import load_onnx, verify_onnx
+from nmgraph.export.trt_command import trtexec_line
+from nmgraph.export.trt_report import EngineReport, TensorRT, write_engine
+from nmgraph.export.trt_rules import sparsity_notes
 from nmgraph.files import directory_written_atomically
 from nmgraph.passes.compression import SCHEMA_KEY, Sizes, compress_state
 from nmgraph.passes.manifest import MANIFEST_KEY, Manifest
+from nmgraph.passes.projection import Projection
 from nmgraph.passes.verification import Verification, verify_model
 
-_OURS = ("model.onnx", "model.onnx.data", "model.safetensors", "manifest.json", "report.json")
+_OURS = ("model.onnx", "model.onnx.data", "model.safetensors", "manifest.json", "report.json", *trt_files.FILES)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -43,6 +49,10 @@ class ExportReport:
         parity: ONNX Runtime against the finalized model, if one was written.
         pruned: layers whose masks were unfinished, and were pruned because of ``force``.
         sizes: of the compressed weights, if they were written.
+        projected: layers that were pruned further because of ``project``, with what that cost.
+        engine: what was found of the TensorRT engine, if one was built.
+        trtexec: the line that builds an engine from the ONNX file on another machine, if it was asked for.
+        notes: what the patterns and the precision mean for TensorRT, if it was asked for.
     """
 
     directory: Path
@@ -54,13 +64,16 @@ class ExportReport:
     parity: Parity | None
     pruned: tuple[str, ...] = ()
     sizes: Sizes | None = None
+    projected: tuple[Projection, ...] = ()
+    engine: EngineReport | None = None
+    trtexec: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
         """Tell whether every check held."""
-        return (
-            self.weights.holds and (self.onnx is None or self.onnx.holds) and (self.parity is None or self.parity.holds)
-        )
+        checks = (self.weights, self.onnx, self.parity, self.engine)
+        return all(check is None or check.holds for check in checks)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
@@ -75,16 +88,29 @@ class ExportReport:
             "onnx": self.onnx.to_dict() if self.onnx else None,
             "parity": self.parity.to_dict() if self.parity else None,
             "compression": self.sizes.to_dict() if self.sizes else None,
+            "projected": [asdict(p) for p in self.projected],
+            "engine": self.engine.to_dict() if self.engine else None,
+            "trtexec": self.trtexec,
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         return f"{'every check holds' if self.holds else 'A CHECK DID NOT HOLD'}: {self.directory}"
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> RenderableType:
+        return Group(self._table(), self.engine) if self.engine else self._table()
+
+    def _table(self) -> Table:
         table = Table(title=escape(str(self)), title_justify="left", header_style="bold")
         for column in ("check", "result", "found"):
             table.add_column(column, overflow="fold")
-        rows = [("finalized weights", self.weights), ("ONNX file", self.onnx), ("ONNX Runtime", self.parity)]
+        rows: list[tuple[str, Verification | Parity | EngineReport | None]]
+        rows = [
+            ("finalized weights", self.weights),
+            ("ONNX file", self.onnx),
+            ("ONNX Runtime", self.parity),
+            ("TensorRT", self.engine),
+        ]
         for name, check in rows:
             if check is not None:
                 table.add_row(name, "[green]holds" if check.holds else "[red]fails", escape(str(check)))
@@ -93,6 +119,11 @@ class ExportReport:
             table.add_row(
                 "training", "[yellow]forced", f"{len(self.pruned)} unfinished layers were pruned now: {names}"
             )
+        for p in self.projected:
+            cost = f"{p.kept_weights:.1%} of its weights and {p.kept_magnitude:.1%} of their magnitude are left"
+            table.add_row("projected", "", escape(f"{p.name}: {p.before} to {p.after}; {cost}"))
+        for note in self.notes:
+            table.add_row("TensorRT", "", escape(note))
         if self.inputs:
             table.add_row("inputs", "", escape(self.inputs))
         if self.sizes:
@@ -132,7 +163,8 @@ def require_export_directory(directory: Path) -> None:
 
 def write_bundle(
     model: nn.Module, directory: Path, manifest: Manifest, *, inputs: Inputs | None, precision: str, safetensors: bool,
-    pruned: tuple[str, ...], progress: Callable[[str], None],
+    pruned: tuple[str, ...], projected: tuple[Projection, ...] = (), tensorrt: TensorRT | None = None,
+    progress: Callable[[str], None],
 ) -> ExportReport:  # fmt: skip
     """Write a finalized model.
 
@@ -144,12 +176,15 @@ def write_bundle(
         precision: what the weights are in.
         safetensors: write the finalized weights as ``model.safetensors``, compressed.
         pruned: layers that were unfinished, for the report.
+        projected: layers that were pruned further, for the report.
+        tensorrt: what is wanted of TensorRT, if anything is.
         progress: called with what begins.
 
     Raises:
         ExportError: if the model cannot be exported; nothing is written then.
     """
-    onnx_proof, parity, sizes = None, None, None
+    onnx_proof, parity, sizes, engine, trtexec = None, None, None, None, ""
+    notes: tuple[str, ...] = ()
     with directory_written_atomically(directory, _OURS) as temporary:
         progress("checking weights")
         weights = verify_model(model)
@@ -158,15 +193,27 @@ def write_bundle(
             progress("writing ONNX")
             write_onnx(model, inputs, path, manifest)
             progress("proving N:M on the ONNX file")
-            onnx_proof = verify_onnx(load_onnx(path), "model.onnx")
+            onnx_file = load_onnx(path)
+            onnx_proof = verify_onnx(onnx_file, "model.onnx")
             progress("comparing with ONNX Runtime")
             parity = compare(model, path, inputs, PRECISIONS[precision])
+            if tensorrt is not None:
+                notes = sparsity_notes(manifest, onnx_proof, precision)
+                trtexec = trtexec_line(onnx_file, inputs)
+                if tensorrt.module is not None:
+                    engine = write_engine(
+                        tensorrt, temporary, model, onnx_file, inputs=inputs, precision=precision, proof=onnx_proof,
+                        old=directory / trt_files.CACHE, progress=progress,
+                    )  # fmt: skip
         if safetensors:
             progress("writing safetensors")
             sizes = _write_safetensors(model, temporary / "model.safetensors", manifest)
         (temporary / "manifest.json").write_text(manifest.to_json() + "\n")
         files = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
-        found = ExportReport(directory, files, precision, str(inputs or ""), weights, onnx_proof, parity, pruned, sizes)
+        found = ExportReport(
+            directory, files, precision, str(inputs or ""), weights, onnx_proof, parity, pruned,
+            sizes=sizes, projected=projected, engine=engine, trtexec=trtexec, notes=notes,
+        )  # fmt: skip
         (temporary / "report.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     return found
 

@@ -73,6 +73,11 @@ class Inputs:
 
         return Inputs(tuple(map(cast, self.args)), {k: cast(t) for k, t in self.kwargs.items()}, self.source)
 
+    def named(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Give them by the names an exported file has for them, in its order."""
+        values = dict(zip(names, self.args, strict=False)) | self.kwargs
+        return {name: values[name] for name in names}
+
     def __str__(self) -> str:
         shapes = [_spell(t) for t in self.args] + [f"{name}={_spell(t)}" for name, t in self.kwargs.items()]
         return f"{', '.join(shapes)} ({self.source})"

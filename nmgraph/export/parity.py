@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,17 +88,25 @@ def compare(model: nn.Module, path: Path, inputs: Inputs, dtype: torch.dtype) ->
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [i.name for i in session.get_inputs()]
-        values = dict(zip(names, inputs.args, strict=False)) | inputs.kwargs
-        found = session.run(None, {name: values[name].numpy() for name in names})
+        values = inputs.named([i.name for i in session.get_inputs()])
+        found = session.run(None, {name: tensor.numpy() for name, tensor in values.items()})
     except Exception as error:
         # onnxruntime raises classes of its own, without a common base that is public.
         raise ExportError(f"ONNX Runtime can't run {path.name}: {first_line(error)}") from error
     outputs = [o.name for o in session.get_outputs()]
     if len(outputs) != len(expected):
         raise ExportError(f"{path.name} has {len(outputs)} outputs, the model {len(expected)}.")
-    errors = [OutputParity(n, _relative_error(e, f)) for n, e, f in zip(outputs, expected, found, strict=True)]
-    return Parity(tuple(errors), TOLERANCE[dtype])
+    return compare_outputs(
+        dict(zip(outputs, expected, strict=True)), dict(zip(outputs, found, strict=True)), TOLERANCE[dtype]
+    )
+
+
+def compare_outputs(
+    expected: Mapping[str, torch.Tensor], found: Mapping[str, np.ndarray | torch.Tensor], tolerance: float
+) -> Parity:
+    """Compare answers by the names of their outputs."""
+    errors = (OutputParity(name, _relative_error(want, np.asarray(found[name]))) for name, want in expected.items())
+    return Parity(tuple(errors), tolerance)
 
 
 def _relative_error(expected: torch.Tensor, found: np.ndarray) -> float:

@@ -32,6 +32,23 @@ _MASKING = {"Mul", "Where", "TopK", "ScatterElements", "ScatterND", _MOVED_ZERO}
 
 
 @dataclass(frozen=True)
+class Product:
+    """A node that multiplies by a constant weight.
+
+    Attributes:
+        node: its name.
+        operator: Conv, Gemm or MatMul.
+        initializer: which holds the weight.
+        sites: whose weight that is; none if the layer was left dense.
+    """
+
+    node: str
+    operator: str
+    initializer: str
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Weight:
     """A constant operand of a product: its initializer, and the axis that is summed over in it."""
 
@@ -75,7 +92,7 @@ def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = 
     """
     manifest = read_manifest(model)
     patterns, axes = (manifest.patterns, manifest.axes) if manifest else ({}, {})
-    sites: dict[str, list[str]] = next((json.loads(p.value) for p in model.metadata_props if p.key == SITES_KEY), {})
+    sites = _sites(model)
     checks: list[WeightCheck] = []
     problems: list[str] = []
     found: set[str] = set()
@@ -107,9 +124,30 @@ def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = 
     return Verification(subject, tuple(checks), tuple(problems))
 
 
+def list_products(model: onnx.ModelProto) -> tuple[Product, ...]:
+    """List every node that multiplies by a constant weight, also those that share one."""
+    sites, graph = _sites(model), model.graph
+    initializers, producers = _constants(graph)
+    found = []
+    for node in graph.node:
+        for name, axis in _products(node):
+            weight = _follow(node, name, axis, initializers, producers)
+            if isinstance(weight, _Weight) and weight.values.ndim >= 2:
+                owners = tuple(sites.get(weight.initializer, ()))
+                found.append(Product(node.name, node.op_type, weight.initializer, owners))
+    return tuple(found)
+
+
+def _sites(model: onnx.ModelProto) -> dict[str, list[str]]:
+    return next((json.loads(p.value) for p in model.metadata_props if p.key == SITES_KEY), {})
+
+
+def _constants(graph: onnx.GraphProto) -> tuple[dict[str, onnx.TensorProto], dict[str, onnx.NodeProto]]:
+    return {i.name: i for i in graph.initializer}, {output: node for node in graph.node for output in node.output}
+
+
 def _operands(graph: onnx.GraphProto) -> Iterator[_Weight | _Computed]:
-    initializers = {i.name: i for i in graph.initializer}
-    producers = {output: node for node in graph.node for output in node.output}
+    initializers, producers = _constants(graph)
     seen: set[tuple[str, int]] = set()
     for node in graph.node:
         for name, axis in _products(node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from nmgraph.errors import PatternError
@@ -71,6 +72,17 @@ class Pattern:
     def divides(self, length: int) -> bool:
         """Tell whether an axis of ``length`` weights splits into whole blocks."""
         return length > 0 and length % self.m == 0
+
+    def implies(self, other: Pattern) -> bool:
+        """Tell whether every weight that keeps to this pattern keeps to ``other``, too, with blocks along the same axis.
+
+        >>> [str(p) for p in map(Pattern.parse, ("1:4", "2:8", "1:16", "1:2", "4:8")) if p.implies(Pattern(2, 4))]
+        ['1:4', '2:8', '1:16', '1:2']
+        """
+        starts = range(0, math.lcm(self.m, other.m), other.m)
+        # A block of the other may hold parts of several blocks of this; each part keeps n at most, or all of itself.
+        parts = (Counter(i // self.m for i in range(start, start + other.m)) for start in starts)
+        return all(sum(min(self.n, size) for size in part.values()) <= other.n for part in parts)
 
     def misfit(self, length: int, what: str = "input channel") -> str:
         """Say that an axis of ``length`` does not split into whole blocks."""

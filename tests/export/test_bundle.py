@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import nmgraph
-from nmgraph.errors import ConversionError, ExportError, FileError, MissingPackageError, NMGraphError, UnfinishedError
+from nmgraph.errors import ConversionError, ExportError, FileError, NMGraphError, UnfinishedError
 
 X = torch.ones(2, 16)
 
@@ -260,27 +260,6 @@ def test_stages_are_told_in_order(directory):
         "comparing with ONNX Runtime",
         "writing safetensors",
     ]
-
-
-BY_HAND = "export without --trt, then run: trtexec --onnx=model.onnx --sparsity=enable --saveEngine=model.plan"
-
-
-def test_engine_without_tensorrt_is_refused_before_any_work(directory):
-    stages = []
-    assert message(MissingPackageError, sparse(), directory, trt=True, progress=stages.append) == (
-        "--trt needs TensorRT, which is not installed: pip install tensorrt (Linux or Windows with an NVIDIA GPU). "
-        f"Or build the engine on the machine that will run it: {BY_HAND}"
-    )
-    assert stages == []
-    assert not directory.exists()
-
-
-def test_engine_with_tensorrt_installed_is_refused_for_now(directory, tmp_path, monkeypatch):
-    (tmp_path / "tensorrt.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert message(ExportError, sparse(), directory, trt=True) == (
-        f"this version of nmgraph builds no TensorRT engines yet: {BY_HAND}"
-    )
 
 
 def test_file_that_answers_otherwise_fails_the_report_and_is_still_written(directory):

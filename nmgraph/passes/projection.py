@@ -1,0 +1,78 @@
+"""Prune finished weights further, by magnitude, until they keep to a pattern that hardware takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from nmgraph.nm.grouping import FLAT, Axis, canonical, restore
+from nmgraph.nm.masks import check_blocks, magnitude_mask
+from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.manifest import Entry, Manifest
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What projecting one site took away.
+
+    Attributes:
+        name: of the site.
+        before: its pattern as trained.
+        after: what it keeps to now, along the input channels.
+        kept_weights: share of its non-zero weights that is left.
+        kept_magnitude: share of the sum of its magnitudes that is left.
+    """
+
+    name: str
+    before: str
+    after: str
+    kept_weights: float
+    kept_magnitude: float
+
+
+def project(model: nn.Module, manifest: Manifest, pattern: Pattern) -> tuple[tuple[Projection, ...], Manifest]:
+    """Project every sparse site that does not keep to the pattern yet, in place; dense layers stay dense.
+
+    Sites whose channels the pattern does not divide are left as they are.
+
+    Args:
+        model: a finalized model.
+        manifest: of its conversion.
+        pattern: to keep to, along the input channels.
+
+    Returns:
+        What was taken from whom, and the manifest with the patterns that hold now.
+    """
+    done: dict[str, Projection] = {}
+    for entry in manifest.converted:
+        found = _project_site(model.get_submodule(entry.name), entry, pattern)
+        if found is not None:
+            done[entry.name] = found
+    entries = tuple(_renewed(e, pattern) if e.converted and e.name in done else e for e in manifest.entries)
+    return tuple(done.values()), replace(manifest, entries=entries)
+
+
+def _project_site(layer: nn.Module, entry: Entry, pattern: Pattern) -> Projection | None:
+    weight, axis = layer.get_parameter("weight"), _channels(entry.axis)
+    w_OSC = canonical(weight.detach(), axis)
+    if not pattern.divides(w_OSC.shape[-1]) or check_blocks(w_OSC, pattern).holds:
+        return None
+    kept_OSC = w_OSC * magnitude_mask(w_OSC, pattern)
+    weights, magnitude = (float(f(kept_OSC) / f(w_OSC)) for f in (torch.count_nonzero, _magnitude))
+    with torch.no_grad():
+        weight.copy_(restore(kept_OSC, tuple(weight.shape), axis) + 0.0)  # + 0.0: no negative zeros
+    return Projection(entry.name, entry.pattern, str(pattern), weights, magnitude)
+
+
+def _magnitude(w_OSC: torch.Tensor) -> torch.Tensor:
+    return w_OSC.double().abs().sum()
+
+
+def _renewed(entry: Entry, pattern: Pattern) -> Entry:
+    return replace(entry, pattern=str(pattern), axis=_channels(entry.axis), how=f"projected from {entry.pattern}")
+
+
+def _channels(axis: Axis) -> int:
+    return 1 if axis == FLAT else axis
