@@ -7,7 +7,8 @@ of the work. Stem and classifier stay dense, as in the papers. All runs of a see
 the same images in the same order, cropped and mirrored alike. Every run is one thread of its own process. After each
 the JSON is replaced as a whole, so that the rest can wait for `--resume`.
 
-So short a training ranks the methods at *this* budget: none of them is published for a thousand steps. Intervals that
+So short a training ranks the methods at *this* budget: none of them is published for a thousand steps, and with more
+steps they part further (`--arch resnet8 --epochs 8`). Intervals that
 the papers give in steps are shortened where a run is short, see `SHORT_RUN`; the JSON holds every option of each run.
 `--quick` tries the script out. The papers' own length, on a GPU, takes the same path:
 

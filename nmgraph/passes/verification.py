@@ -19,6 +19,7 @@ from nmgraph.passes.manifest import Manifest, find_manifest
 
 DEFAULT = Pattern(2, 4)
 TENSOR_CORES = Pattern(2, 4)
+_PAYS_ABOVE = 256  # channels in and out, by NVIDIA's maintainers; they say of no layer that it will
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class WeightCheck:
     density: float
     finding: str = ""
     tensorrt: str = ""
+
+    @property
+    def little_gain(self) -> str:
+        """Say why sparse kernels hardly pay for a ready weight; empty if they may."""
+        channels = min(self.shape[:2])
+        return "" if self.tensorrt or channels > _PAYS_ABOVE else f"{channels} channels: little gain"
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
-        return {"holds": self.holds, **asdict(self)}
+        checks = [{**asdict(c), "little_gain": c.little_gain} for c in self.checks]
+        return {"holds": self.holds, **asdict(self), "checks": checks}
 
     def __str__(self) -> str:
         expected = [c for c in self.checks if c.expected]
@@ -96,6 +104,7 @@ class Verification:
             if not c.expected:
                 verdict = f"[dim]left dense, {c.density:.0%} kept"
             ready = f"[yellow]{c.tensorrt}" if c.tensorrt else "[green]ready"
+            ready += f"[/]; [dim]{c.little_gain}" if c.little_gain else ""
             shape = "x".join(map(str, c.shape))
             table.add_row(escape(c.name), c.kind, shape, verdict, ready)
         return table

@@ -143,3 +143,14 @@ def test_table_shows_every_weight_with_its_verdict():
         "2:4 fails: block 0 of output 0, position 0 keeps 4 of 4",
     ):
         assert line in text
+
+
+def test_a_ready_weight_of_few_channels_is_said_to_gain_little():
+    net = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Linear(512, 64), torch.nn.Linear(64, 3))
+    found = nmgraph.verify(nmgraph.finalize(nmgraph.convert(net, method="static", skip=["2"])))
+    assert [(c.tensorrt, c.little_gain) for c in found.checks] == [
+        ("", ""),
+        ("", "64 channels: little gain"),
+        ("more than 2 of 4 are non-zero", ""),
+    ]
+    assert [c["little_gain"] for c in found.to_dict()["checks"]] == [c.little_gain for c in found.checks]
