@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from nmgraph.checkpoint.dense_file import state_of
 from nmgraph.checkpoint.factory import call_factory, load_weights
 from nmgraph.checkpoint.nm_file import is_nm_file, read_nm_file, write_nm_file
 from nmgraph.checkpoint.tensors import load_compressed, verify_safetensors
@@ -404,42 +405,6 @@ def load(path: str | Path, *, model: nn.Module | str | None = None, trust: Seque
             f"{path} is no converted model. Make one with nmgraph.convert and nmgraph.save, or `nmgraph convert {path}`."
         )
     return read_nm_file(content, str(path), _made(model), trust)
-
-
-def open_dense(path: str | Path, *, factory: str | None = None, trust: Sequence[str] = ()) -> nn.Module:
-    """Read what people have as a model: a pickled module, or a state_dict and the factory of its model.
-
-    Raises:
-        FileError: if the file is neither, or a state_dict comes without a factory.
-    """
-    content = load_trusted(Path(path), str(path), trust)
-    if is_nm_file(content):
-        raise FileError(f"{path} is converted already. Train it, or export it with `nmgraph export {path}`.")
-    if isinstance(content, nn.Module):
-        if factory is not None:
-            raise FileError(f"{path} holds a whole {type(content).__name__}; leave --model {factory} away.")
-        return content
-    state = state_of(content, Path(path))
-    if factory is None:
-        raise FileError(
-            f"{path} holds a state_dict ({len(state)} tensors) without its model. Say what makes the model: --model package.module:function."
-        )
-    model = call_factory(factory)
-    load_weights(model, state, str(path))
-    return model
-
-
-def state_of(content: Any, path: Path) -> dict[str, Any]:
-    """Find the state_dict in loaded content, also under the usual names in a training checkpoint.
-
-    Raises:
-        FileError: if there is none.
-    """
-    if isinstance(content, Mapping):
-        for candidate in (*(content.get(key) for key in ("state_dict", "model", "model_state_dict")), content):
-            if isinstance(candidate, Mapping) and any(isinstance(v, torch.Tensor) for v in candidate.values()):
-                return dict(candidate)
-    raise FileError(f"{path} holds a {type(content).__name__}: neither a module nor a state_dict.")
 
 
 def _made(model: nn.Module | str | None) -> nn.Module | None:

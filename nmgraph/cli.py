@@ -21,6 +21,7 @@ from rich.table import Table
 
 import nmgraph
 from nmgraph import api
+from nmgraph.checkpoint.dense_file import open_dense
 from nmgraph.checkpoint.factory import call_factory
 from nmgraph.errors import ConversionError, FileError, MethodError, NMGraphError
 from nmgraph.export.trt_machine import require_tensorrt
@@ -121,7 +122,7 @@ def inspect(
     """Show what `convert` would make of every layer, and change nothing."""
     with _answering(json, debug), _progress(json, 1) as progress:
         recipe = Recipe(make_method(method), Pattern.parse(pattern))
-        dense = api.open_dense(model, factory=factory, trust=trust)
+        dense = open_dense(model, factory=factory, trust=trust)
         found = api.plan(dense, recipe, inputs=_inputs(input), progress=progress).manifest()
         _answer(json, found.to_dict(), found)
 
@@ -154,7 +155,7 @@ def convert(
             raise FileError(f"{out} is the dense model itself, and is kept. Choose another place with -o.")
         options = _options(method, set)
         layers = dict(_pair(text, "--layer", "GLOB=N:M") for text in layer)
-        dense = api.open_dense(model, factory=factory, trust=trust)
+        dense = open_dense(model, factory=factory, trust=trust)
         converted = nmgraph.convert(
             dense, method=method, pattern=pattern, skip=skip, layers=layers, example_inputs=_inputs(input),
             keep_dense=None if keep_dense is None else [end.strip() for end in keep_dense.split(",") if end.strip()],

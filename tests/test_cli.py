@@ -10,7 +10,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 import nmgraph
-from nmgraph import api
 from nmgraph.cli import app
 
 
@@ -201,7 +200,7 @@ def test_bug_of_ours_is_told_apart_from_a_mistake(dense, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(api, "open_dense", broken)
+    monkeypatch.setattr(cli, "open_dense", broken)
     assert complaint("convert", dense) == (
         "internal error: ZeroDivisionError: division by zero\nPlease report it, with what --debug shows."
     )

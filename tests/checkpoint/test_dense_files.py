@@ -11,7 +11,7 @@ from models import cnn, mlp
 from torch import nn
 
 import nmgraph
-from nmgraph.api import open_dense, state_of
+from nmgraph.checkpoint.dense_file import open_dense, state_of
 from nmgraph.errors import FileError, MissingPackageError
 
 
