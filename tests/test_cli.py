@@ -10,6 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import nmgraph
+from nmgraph import cli
 from nmgraph.cli import app
 
 
