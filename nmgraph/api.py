@@ -134,8 +134,9 @@ def select(
 ) -> Selection:
     """Put together which sites become what; what is not given is the preset's."""
     usual = preset or Preset({}, "", keep_dense=())
+    keep_dense = [keep_dense] if isinstance(keep_dense, str) else keep_dense
     return Selection(
-        skip,
+        [skip] if isinstance(skip, str) else skip,  # a string is a sequence, too: of its letters
         {glob: Pattern.parse(p) for glob, p in (layers or {}).items()},
         usual.keep_dense if keep_dense is None else keep_dense,
         block_axis or usual.block_axis,

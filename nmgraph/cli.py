@@ -77,7 +77,7 @@ InputOption = Annotated[
     list[str], typer.Option("--input", metavar="[NAME=]1x3x224x224[:DTYPE]", help="Shape of an example input.")
 ]
 OutOption = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite the output.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -142,7 +142,7 @@ def convert(
     trust: TrustOption = [],  # noqa: B006
     input: InputOption = [],  # noqa: B006
     output: OutOption = None,
-    force: ForceOption = False,
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -150,7 +150,7 @@ def convert(
     with _answering(json, debug), _progress(json, _CONVERT_STAGES) as progress:
         _require_no_directory(model)
         out = output or model.with_name(f"{model.stem}.nm.pt")
-        require_writable(out, overwrite=force)
+        require_writable(out, overwrite=overwrite)
         if out.exists() and out.samefile(model):
             raise FileError(f"{out} is the dense model itself, and is kept. Choose another place with -o.")
         options = _options(method, set)
@@ -166,10 +166,13 @@ def convert(
         again = ["nmgraph", "export", str(out), *(["--model", factory] if factory else [])]
         again += [word for package in trust for word in ("--trust", package)]
         note = f"Wrote {out}. Train it, then: {shlex.join(again)}"
-        published = {"preset": dataclasses.asdict(find_preset(method, preset))} if preset else {}
+        told = next(iter(masked_layers(converted).values())).nm_told
+        settings: dict[str, Any] = {"options": told.method.options()}
         if preset:
-            note = f"{_explain(preset, find_preset(method, preset))}\n{note}"
-        _answer(json, {"output": str(out), **published, **found.to_dict()}, found, note)
+            published = find_preset(method, preset)
+            settings["preset"] = {"name": preset, **dataclasses.asdict(published)}
+            note = f"{_explain(preset, published, told.method.options(), keep_dense, block_axis)}\n{note}"
+        _answer(json, {"output": str(out), **settings, **found.to_dict()}, found, note)
 
 
 @app.command()
@@ -229,8 +232,9 @@ def export(
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006
     output: OutOption = None,
+    overwrite: OverwriteOption = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Overwrite the output, and prune what is unfinished by score.")
+        bool, typer.Option("--force", help="Prune what training has not finished, by what the method knows.")
     ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -241,12 +245,12 @@ def export(
             require_tensorrt()
         _require_no_directory(converted)
         out = output or converted.with_name(f"{converted.name.removesuffix('.pt').removesuffix('.nm')}-export")
-        require_writable(out, overwrite=force)
+        require_writable(out, overwrite=overwrite)
         model = nmgraph.load(converted, model=call_factory(factory) if factory else None, trust=trust)
         report = nmgraph.export(
             model, out, example_inputs=_inputs(input), onnx=not no_onnx, trt=trt, compare=not no_compare,
             trt_command=trt_command, project=project, safetensors=safetensors, precision=precision, force=force,
-            overwrite=force, progress=progress,
+            overwrite=overwrite, progress=progress,
         )  # fmt: skip
         note = f"To build the engine on another machine, in a copy of {out}:\n{report.trtexec}" if trt_command else ""
         _answer(json, report.to_dict(), report, note, code=FINE if report.holds else FAILED)
@@ -306,12 +310,17 @@ def _shown(value: Any, choices: list[str] | None) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
-def _explain(name: str, preset: Preset) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in preset.options.items()) or "no options"
+def _explain(name: str, preset: Preset, options: dict[str, Any], keep_dense: str | None, block_axis: str | None) -> str:
+    """Say what a preset stands for, and what was set otherwise beside it."""
+    published = ", ".join(f"{key}={value}" for key, value in preset.options.items()) or "no options"
     dense = ", ".join(preset.keep_dense) or "none"
+    changed = [f"{key}={options[key]}" for key, value in preset.options.items() if options[key] != value]
+    changed += [] if keep_dense is None else [f"layers kept dense: {keep_dense or 'none'}"]
+    changed += [] if block_axis is None else [f"blocks along: {block_axis}"]
     return (
-        f"Preset {name}: {options}; layers kept dense: {dense}; blocks along: {preset.block_axis}.\n"
-        f"Its training, which your loop sets: {preset.training}."
+        f"Preset {name}: {published}; layers kept dense: {dense}; blocks along: {preset.block_axis}.\n"
+        + (f"Set otherwise here: {'; '.join(changed)}.\n" if changed else "")
+        + f"Its training, which your loop sets: {preset.training}."
     )
 
 

@@ -20,7 +20,9 @@ def require_writable(path: Path, overwrite: bool) -> None:
         FileError: if it exists and may not be overwritten, or could not be created where it shall be.
     """
     if path.exists() and not overwrite:
-        raise FileError(f"{path} exists and is kept. Choose another place with -o, or overwrite it with --force.")
+        raise FileError(
+            f"{path} exists and is kept. Choose another place with -o, or replace it with --overwrite (overwrite=True)."
+        )
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileError(f"{path} is no regular file, and is kept. Choose another place with -o.")
     parent = path.absolute().parent

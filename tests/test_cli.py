@@ -139,10 +139,10 @@ def test_existing_output_is_kept_unless_forced(command, dense, converted):
         out.mkdir()
     before = out.read_bytes() if out.is_file() else list(out.iterdir())
     assert complaint(command, source) == (
-        f"{out} exists and is kept. Choose another place with -o, or overwrite it with --force."
+        f"{out} exists and is kept. Choose another place with -o, or replace it with --overwrite (overwrite=True)."
     )
     assert (out.read_bytes() if out.is_file() else list(out.iterdir())) == before
-    assert answer(command, source, "--force")
+    assert answer(command, source, "--overwrite")
 
 
 @pytest.mark.parametrize("command", ["convert", "export"])
@@ -277,7 +277,7 @@ def test_export_shows_what_was_checked(converted):
 
 def test_export_takes_inputs(converted):
     assert answer("export", converted, "--input", "3x16")["inputs"] == "3x16 (values made up)"
-    assert complaint("export", converted, "--input", "3x5", "--force") == (
+    assert complaint("export", converted, "--input", "3x5", "--overwrite") == (
         "Sequential does not take the inputs 3x5 (values made up): "
         "mat1 and mat2 shapes cannot be multiplied (3x5 and 16x16)"
     )
@@ -295,7 +295,7 @@ def test_export_of_an_unfinished_model_needs_force(dense):
 
 def test_export_that_does_not_agree_exits_with_1(tmp_path):
     nmgraph.save(nmgraph.convert(NeverTheSame(), method="srste"), tmp_path / "net.nm.pt")
-    arguments = ("export", tmp_path / "net.nm.pt", "--trust", "models", "--input", "8x16", "--force")
+    arguments = ("export", tmp_path / "net.nm.pt", "--trust", "models", "--input", "8x16", "--overwrite")
     found = answer(*arguments, code=1)
     assert (found["holds"], found["weights"]["holds"], found["onnx"]["holds"], found["parity"]["holds"]) == (
         False,
@@ -321,8 +321,8 @@ def test_export_prints_the_command_for_another_machine(converted):
     note = f"To build the engine on another machine, in a copy of {out}:\n{line}"
     assert note in result.stdout
     assert "Export with --precision fp16." in words(result)
-    assert answer("export", converted, "--trt-command", "--force")["trtexec"].startswith(line)
-    assert answer("export", converted, "--force")["trtexec"] == ""
+    assert answer("export", converted, "--trt-command", "--overwrite")["trtexec"].startswith(line)
+    assert answer("export", converted, "--overwrite")["trtexec"] == ""
 
 
 def test_export_projects_what_sparse_tactics_could_not_take(tmp_path):
@@ -388,7 +388,7 @@ def compressed(converted):
 def test_export_says_the_sizes_of_compressed_weights(converted):
     found = answer("export", converted, "--no-onnx", "--safetensors", "--precision", "fp16")
     assert found["compression"] == {"weights": 2, "dense_bytes": 768, "compressed_bytes": 432, "ratio": 0.5625}
-    shown = call("export", converted, "--no-onnx", "--safetensors", "--precision", "fp16", "--force")
+    shown = call("export", converted, "--no-onnx", "--safetensors", "--precision", "fp16", "--overwrite")
     assert "56.25%" in words(shown)
     assert "432 bytes in place of 768 for 2 weights" in words(shown)
 
@@ -460,3 +460,29 @@ def test_single_layer_goes_through_every_command(tmp_path):
     assert len(answer("status", tmp_path / "layer.nm.pt")["layers"]) == 1
     assert answer("export", tmp_path / "layer.nm.pt")["holds"] is True
     assert answer("verify", tmp_path / "layer-export" / "model.onnx")["holds"] is True
+
+
+def test_what_is_set_beside_a_preset_is_said_with_it(dense):
+    arguments = (
+        "convert",
+        dense,
+        "--preset",
+        "code",
+        "--set",
+        "score_decay=0.01",
+        "--set",
+        "momentum=0.5",
+        "--keep-dense",
+        "stem",
+    )
+    shown = call(*arguments).stdout
+    assert "Preset code: t_i=0.0, t_f=0.5, momentum=0.9, score_decay=0.0001; layers kept dense: stem, head" in shown
+    assert "Set otherwise here: momentum=0.5; score_decay=0.01; layers kept dense: stem." in shown
+    found = answer(*arguments, "--overwrite")
+    assert (found["options"]["score_decay"], found["preset"]["name"]) == (0.01, "code")
+
+
+def test_every_exported_file_may_be_read_by_whom_a_new_file_may(converted, tmp_path):
+    (tmp_path / "new").touch()
+    call("export", converted, "--safetensors", "-o", tmp_path / "out")
+    assert {f.stat().st_mode for f in (tmp_path / "out").iterdir()} == {(tmp_path / "new").stat().st_mode}

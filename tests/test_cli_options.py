@@ -11,12 +11,12 @@ COMMANDS = {
     "inspect": ["MODEL", "--model", "--trust", "--method", "--pattern", "--input", "--json", "--debug"],
     "convert": [
         "MODEL", "--method", "--pattern", "--set", "--skip", "--layer", "--keep-dense", "--block-axis", "--preset",
-        "--model", "--trust", "--input", "-o --output", "--force", "--json", "--debug",
+        "--model", "--trust", "--input", "-o --output", "--overwrite", "--json", "--debug",
     ],
     "status": ["CONVERTED", "--model", "--trust", "--json", "--debug"],
     "export": [
         "CONVERTED", "--trt", "--no-compare", "--trt-command", "--project", "--no-onnx", "--safetensors", "--precision", "--input", "--model", "--trust",
-        "-o --output", "--force", "--json", "--debug",
+        "-o --output", "--overwrite", "--force", "--json", "--debug",
     ],
     "bench": ["FILE...", "--input", "--rounds", "--json", "--debug"],
     "verify": ["FILE", "--pattern", "--model", "--trust", "--json", "--debug"],

@@ -162,7 +162,7 @@ def test_existing_output_is_kept_unless_it_may_be_overwritten(path):
     with pytest.raises(FileError) as caught:
         require_writable(path, overwrite=False)
     assert str(caught.value) == (
-        f"{path} exists and is kept. Choose another place with -o, or overwrite it with --force."
+        f"{path} exists and is kept. Choose another place with -o, or replace it with --overwrite (overwrite=True)."
     )
     require_writable(path, overwrite=True)
     assert path.read_text() == "old"

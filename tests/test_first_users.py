@@ -164,7 +164,7 @@ def test_a_layer_that_was_taken_out_is_missed():
 def test_the_dense_model_is_never_its_own_output(tmp_path):
     path = tmp_path / "model.pt"
     torch.save(mlp(), path)
-    result = call("convert", path, "-o", path, "--force")
+    result = call("convert", path, "-o", path, "--overwrite")
     assert result.exit_code == 2
     assert "is the dense model itself, and is kept." in result.stderr
     assert isinstance(torch.load(path, weights_only=False), nn.Sequential)

@@ -221,8 +221,11 @@ def write_bundle(
 def _write_safetensors(model: nn.Module, path: Path, manifest: Manifest) -> Sizes:
     tensors, schema, sizes = compress_state(model.state_dict(), manifest)
     metadata = {"format": "pt", MANIFEST_KEY: manifest.to_json(), SCHEMA_KEY: schema.to_json()}
+    path.touch()  # as readable as a new file is here; safetensors would make it the owner's alone
+    mode = path.stat().st_mode
     try:
         save_file(tensors, str(path), metadata)
+        path.chmod(mode)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ExportError(
             f"safetensors can't store {type(model).__name__}: {error}. Export without --safetensors."

@@ -74,6 +74,8 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     Raises:
         FileError: if it is missing, damaged or not ONNX.
     """
+    if not path.exists():
+        raise FileError(f"{path} does not exist.")
     try:
         model = onnx.load(str(path))
         onnx.checker.check_model(model, full_check=False)

@@ -147,7 +147,8 @@ def _caller(session: onnxruntime.InferenceSession, path: Path, values: dict[str,
         try:
             session.run(None, values)
         except Exception as error:
-            raise ExportError(f"ONNX Runtime can't run {path.name}: {first_line(error)}") from error
+            said = " ".join(str(error).split())  # its first line names no number
+            raise ExportError(f"ONNX Runtime can't run {path}: {said}") from error
         return time.perf_counter() - began
 
     return call

@@ -135,6 +135,11 @@ class BAME(Method[BAMEState]):
         """Tell whether this step's dense gradient is wanted, by an adaption now or soon."""
         return self.adapts(step + -step % self.interval, total_steps) and -step % self.interval < self.score_steps
 
+    def too_short(self, total_steps: int) -> str | None:
+        if any(self.adapts(step, total_steps) for step in range(0, total_steps, self.interval)):
+            return None
+        return f"no mask adaption falls between t_i and t_f, as interval={self.interval}. Set a smaller interval"
+
     def init(self, w_OSC: Tensor, pattern: Pattern) -> BAMEState:
         rows, device = w_OSC.shape[0], w_OSC.device
         state = BAMEState(

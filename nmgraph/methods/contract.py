@@ -140,6 +140,10 @@ class Method(ABC, Generic[State]):
         """Say why the method cannot take a pattern, with the nearest choice; None if it can."""
         return None
 
+    def too_short(self, total_steps: int) -> str | None:
+        """Say what of the method will not happen in so many steps; None if all of it can."""
+        return None
+
     @abstractmethod
     def init(self, w_OSC: Tensor, pattern: Pattern) -> State:
         """Make the state for a weight."""

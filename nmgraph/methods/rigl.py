@@ -77,6 +77,11 @@ class RigL(Method[RigLState]):
         """Tell whether this step changes the mask."""
         return clock.step > 0 and clock.step % self.interval == 0 and clock.progress_before < self.t_f
 
+    def too_short(self, total_steps: int) -> str | None:
+        if self.interval < self.t_f * total_steps:
+            return None
+        return f"the mask never changes before t_f, as interval={self.interval}. Set a smaller interval"
+
     def init(self, w_OSC: Tensor, pattern: Pattern) -> RigLState:
         drawn = random_mask(tuple(w_OSC.shape), pattern, generator(seed_of(w_OSC, self.seed)))
         return RigLState(drawn.to(w_OSC.device), torch.tensor(False, device=w_OSC.device))

@@ -52,7 +52,7 @@ class SRSTE(Method[SRSTEState]):
     gradient: ClassVar[str] = "dense, straight through; masked weights decay"
     state_cost: ClassVar[str] = "none"
     time_cost: ClassVar[str] = "one sort of every block per forward"
-    unattached: ClassVar[str] = "masked weights do not decay, and the number of kept ones does not fall"
+    unattached: ClassVar[str] = "its decay, and its gradual phase if it has one, do not run"
     state_type: ClassVar[type[tuple[Any, ...]]] = SRSTEState
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"curve": ("cubic", "linear")}
     presets: ClassVar[Mapping[str, Preset]] = {

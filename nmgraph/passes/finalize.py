@@ -30,7 +30,9 @@ def require_finished(model: nn.Module) -> None:
     name = next(iter(unfinished))
     layer = masked_layers(model)[name]
     step, total = layer.nm_clock.tolist()
-    where = f"{step:,} of {total:,} steps are done" if total else "it was never trained with attach"
+    others = any(int(other.nm_clock[1]) for other in masked_layers(model).values())
+    never = "the attached optimizer does not train its weight" if others else "it was never trained with attach"
+    where = f"{step:,} of {total:,} steps are done" if total else never
     shown = [f"{n}: {missing}" for n, missing in list(unfinished.items())[:4]]
     more = f"\n  and {len(unfinished) - 4} more layers" if len(unfinished) > 4 else ""
     raise UnfinishedError(

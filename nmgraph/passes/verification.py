@@ -19,7 +19,7 @@ from nmgraph.passes.manifest import Manifest, find_manifest
 
 DEFAULT = Pattern(2, 4)
 TENSOR_CORES = Pattern(2, 4)
-_PAYS_ABOVE = 256  # channels in and out, by NVIDIA's maintainers; they say of no layer that it will
+_PAYS_FROM = 256  # channels in and out, by NVIDIA's maintainers; they say of no layer that it will
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class WeightCheck:
     def little_gain(self) -> str:
         """Say why sparse kernels hardly pay for a ready weight; empty if they may."""
         channels = min(self.shape[:2])
-        return "" if self.tensorrt or channels > _PAYS_ABOVE else f"{channels} channels: little gain"
+        return "" if self.tensorrt or channels >= _PAYS_FROM else f"{channels} channels: little gain"
 
 
 @dataclass(frozen=True)

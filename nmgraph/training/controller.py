@@ -38,6 +38,10 @@ class Controller:
         self._clocks: dict[str, tuple[Tensor, int, int]] = {}  # buffer, its version, the step it holds
         self._fresh = True
         self._take_over()
+        for method in {layer.nm_told.method for layer in self._layers.values()}:
+            missing = method.too_short(self.total_steps)
+            if missing:
+                _log.warning("%s in %d steps: %s.", method.name, self.total_steps, missing)
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     @property

@@ -217,7 +217,7 @@ def test_existing_directory_is_kept_unless_forced(directory):
     directory.mkdir()
     (directory / "mine.txt").write_text("mine")
     assert message(FileError, sparse(), directory, example_inputs=X) == (
-        f"{directory} exists and is kept. Choose another place with -o, or overwrite it with --force."
+        f"{directory} exists and is kept. Choose another place with -o, or replace it with --overwrite (overwrite=True)."
     )
     assert names(directory) == ["mine.txt"]
 

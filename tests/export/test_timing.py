@@ -46,7 +46,7 @@ def test_inputs_that_do_not_match_name_those_it_takes(files, texts):
 
 
 def test_a_shape_it_does_not_run_on_is_said_in_a_line(files):
-    with pytest.raises(ExportError, match=r"^ONNX Runtime can't run model\.onnx: "):
+    with pytest.raises(ExportError, match=r"^ONNX Runtime can't run .*model\.onnx: .*17"):
         timed(files[:1], inputs=parse_inputs(["1x17"]))
 
 

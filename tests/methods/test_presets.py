@@ -48,3 +48,8 @@ def test_unknown_presets_are_refused_with_those_there_are():
 def test_a_configured_method_takes_no_preset():
     with pytest.raises(MethodError, match=r"is configured already, so the preset 'paper' can't be set"):
         nmgraph.convert(mlp(), method=LBC(), preset="paper")
+
+
+def test_a_name_given_as_a_string_is_one_name_and_not_its_letters():
+    manifest = nmgraph.manifest(nmgraph.convert(deit(), method="lbc", skip="blocks.0.*", keep_dense="head"))
+    assert {e.name.split(".")[0] for e in manifest.skipped} == {"patch_embed", "blocks", "head"}

@@ -299,3 +299,23 @@ def test_a_detached_controller_still_tells_the_step():
     optimizer.step()
     controller.detach()
     assert controller.step == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        (
+            "bame",
+            {},
+            "bame in 90 steps: no mask adaption falls between t_i and t_f, as interval=100. Set a smaller interval.",
+        ),
+        ("rigl", {}, "rigl in 90 steps: the mask never changes before t_f, as interval=100. Set a smaller interval."),
+        ("bame", {"interval": 30}, None),
+        ("rigl", {"interval": 60}, None),
+        ("lbc", {}, None),
+    ],
+)
+def test_a_run_too_short_for_what_the_method_does_is_said_once(method, options, said, caplog):
+    model = nmgraph.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), method=method, **options)
+    nmgraph.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=90)
+    assert caplog.messages == ([] if said is None else [said])
