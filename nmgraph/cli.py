@@ -93,18 +93,18 @@ def methods(json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the training methods, with their options and costs."""
     with _answering(json, debug):
         rows = [_describe(cls) for cls in METHODS.values()]
-        table = Table(header_style="bold")
+        table = Table(header_style="bold", show_lines=True)
         table.add_column("method", no_wrap=True)
         table.add_column("what it does")
-        table.add_column("options (--set)", no_wrap=True)
         for row in rows:
-            about = f"{row['title']} ({row['paper']})\n[dim]gradient[/]  {row['gradient']}"
-            costs = f"[dim]state[/]     {row['state_cost']}\n[dim]time[/]      {row['time_cost']}"
-            options = "\n".join(
-                f"{key}={_shown(value, row['choices'].get(key))}" for key, value in row["options"].items()
-            )
-            presets = f"[dim]presets[/]   {', '.join(row['presets'])}"
-            table.add_row(row["name"], f"{about}\n{costs}\n{presets}", options)
+            lines = [f"{row['title']} ({row['paper']})"]
+            lines += [
+                f"[dim]{key.removesuffix('_cost')}[/]: {row[key]}" for key in ("gradient", "state_cost", "time_cost")
+            ]
+            options = (f"{key}={_shown(value, row['choices'].get(key))}" for key, value in row["options"].items())
+            lines += [f"[dim]--set[/] {escape('  '.join(options)) or '(no options)'}"]
+            lines += [f"[dim]--preset[/] {'|'.join(row['presets'])}"]
+            table.add_row(row["name"], "\n".join(lines))
         _answer(json, rows, table)
 
 
