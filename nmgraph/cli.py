@@ -61,7 +61,10 @@ PatternOption = Annotated[
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the method.")]
 SkipOption = Annotated[list[str], typer.Option("--skip", metavar="GLOB", help="Leave these layers dense.")]
 LayerOption = Annotated[
-    list[str], typer.Option("--layer", metavar="GLOB=N:M", help="Give these layers a pattern of their own.")
+    list[str],
+    typer.Option(
+        "--layer", metavar="GLOB=N:M", help="Give these layers a pattern of their own; the last that matches counts."
+    ),
 ]
 KeepDenseOption = Annotated[
     str | None, typer.Option("--keep-dense", metavar="stem,head", help="Leave the layers at the model's ends dense.")
