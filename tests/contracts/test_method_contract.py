@@ -43,7 +43,9 @@ CASES = [
     for kind in KINDS
     for pattern in PATTERNS
     for optimizer in OPTIMIZERS
-    if (optimizer == "sgd" or kind == "Linear") and METHODS[method]().refusal(Pattern.parse(pattern)) is None
+    if METHODS[method]().refusal(Pattern.parse(pattern)) is None
+    # Plain straight-through gradients under Adam, on problems this small: some of these at 1:4 and 1:16 do not learn.
+    if not (method in ("sste", "tmask") and optimizer == "adamw" and kind != "Linear")
 ]
 
 
