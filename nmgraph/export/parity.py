@@ -71,6 +71,13 @@ class Parity:
         )
 
 
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """Open an ONNX file in ONNX Runtime on the CPU, without its own messages on stderr; it raises errors of its own kinds."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 def compare(model: nn.Module, path: Path, inputs: Inputs, dtype: torch.dtype) -> Parity:
     """Run both on the same inputs.
 
@@ -85,9 +92,7 @@ def compare(model: nn.Module, path: Path, inputs: Inputs, dtype: torch.dtype) ->
     """
     expected = inputs.outputs(model)
     try:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path)
         values = inputs.named([i.name for i in session.get_inputs()])
         found = session.run(None, {name: tensor.numpy() for name, tensor in values.items()})
     except Exception as error:

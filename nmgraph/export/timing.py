@@ -17,6 +17,7 @@ from rich.table import Table
 
 from nmgraph.errors import ExportError, FileError, first_line
 from nmgraph.export.inputs import Inputs, make_up
+from nmgraph.export.parity import open_session
 
 _DTYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64",
@@ -114,10 +115,8 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
         raise FileError(f"{path} does not exist.")
     if path.suffix != ".onnx":
         raise FileError(f"{path} is no .onnx file. Export one first: nmgraph export CONVERTED.nm.pt.")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return open_session(path)
     except Exception as error:
         # onnxruntime raises classes of its own, without a common base that is public.
         raise FileError(f"ONNX Runtime can't read {path}: {first_line(error)}") from error
@@ -126,12 +125,14 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 def _values(session: onnxruntime.InferenceSession, path: Path, inputs: Inputs | None) -> tuple[dict[str, Any], str]:
     declared = session.get_inputs()
     if inputs is not None:
-        given = dict(zip([i.name for i in declared], inputs.args, strict=False)) | inputs.kwargs
-        missing = [i.name for i in declared if i.name not in given]
-        if missing or len(inputs.args) + len(inputs.kwargs) != len(declared):
-            names = ", ".join(i.name for i in declared)
-            raise ExportError(f"{path.name} takes {names}; give one --input for each, in this order or by name.")
-        return {name: tensor.numpy() for name, tensor in given.items()}, str(inputs)
+        names = [i.name for i in declared]
+        if len(inputs.args) + len(inputs.kwargs) != len(names) or not inputs.kwargs.keys() <= set(
+            names[len(inputs.args) :]
+        ):
+            raise ExportError(
+                f"{path.name} takes {', '.join(names)}; give one --input for each, in this order or by name."
+            )
+        return {name: tensor.numpy() for name, tensor in inputs.named(names).items()}, str(inputs)
     values = {}
     for i in declared:
         if i.type not in _DTYPES:

@@ -5,8 +5,6 @@ The rule is NVIDIA's: of every four consecutive input channels, aligned at zero,
 
 from __future__ import annotations
 
-import math
-
 from nmgraph.errors import ExportError, PatternError
 from nmgraph.nm.grouping import FLAT
 from nmgraph.nm.pattern import Pattern
@@ -76,6 +74,6 @@ def _misfit(entry: Entry, projected: bool) -> str:
         return TENSOR_CORES.misfit(channels)
     if projected:
         return ""
-    if entry.axis == FLAT and math.prod(entry.shape[2:]) > 1:
+    if entry.axis == FLAT:
         return f"flat blocks of {pattern} run along the kernel window, not along the channels"
     return "" if pattern.implies(TENSOR_CORES) else f"{pattern} may keep more than 2 of 4"

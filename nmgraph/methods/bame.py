@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
-from nmgraph.methods.schedule import check_phase, check_range, kept_count, ramp
+from nmgraph.methods.schedule import check_phase, check_range, kept_after
 from nmgraph.methods.static import BAME_CIFAR
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.masks import prune_further, top_n
@@ -124,8 +124,7 @@ class BAME(Method[BAMEState]):
 
     def kept(self, step: int, total_steps: int, pattern: Pattern) -> int:
         """Count the weights kept of a block once so many steps are done: linear, in steps of the interval."""
-        whole = step if step >= self.t_i * total_steps else step // self.interval * self.interval
-        return kept_count(ramp(whole / total_steps, 0.0, self.t_i), pattern, "linear")
+        return kept_after(step, total_steps, (0.0, self.t_i), self.interval, pattern, "linear")
 
     def adapts(self, step: int, total_steps: int) -> bool:
         """Tell whether masks are adapted on this step."""

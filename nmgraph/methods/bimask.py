@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_range
+from nmgraph.methods.srste import refined
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.permutation import OBJECTIVES, best_permutation, column_mask
@@ -130,7 +131,7 @@ class BiMask(Method[BiMaskState]):
             state = state._replace(permutation=best_permutation(mask, pattern, self.candidates, self.objective, draws))
         if self.criterion != "weight":
             state = state._replace(salience=self._salience(w_OSC, grad_OSC, state, clock))
-        return Update(state, grad_OSC + self.decay * w_OSC.masked_fill(mask, 0.0))  # SR-STE, Eq. 9
+        return Update(state, refined(grad_OSC, w_OSC, mask, self.decay))
 
     def _salience(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, clock: Clock) -> Tensor:
         if self.criterion == "gradient":

@@ -6,6 +6,7 @@ two methods: ASP's magnitude mask, where a pruned weight never comes back, or SR
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
-from nmgraph.methods.schedule import check_phase, check_range, kept_count, ramp
-from nmgraph.methods.srste import SRSTE, SRSTEState
+from nmgraph.methods.schedule import check_phase, check_range, kept_after
+from nmgraph.methods.srste import refined
 from nmgraph.nm.masks import magnitude_mask, prune_further
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.straight_through import masked
+from nmgraph.nm.straight_through import masked, straight_through
 
 
 class GradualState(NamedTuple):
@@ -77,17 +78,12 @@ class Gradual(Method[GradualState]):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_phase(self.name, self.t_i, self.t_f)
-        check_range(self.name, "interval", self.interval, 1, float("inf"))
-        self._srste()
+        check_range(self.name, "interval", self.interval, 1, math.inf)
+        check_range(self.name, "decay", self.decay, 0.0, math.inf)
 
-    def kept(self, clock: Clock, pattern: Pattern) -> int:
-        """Count the weights kept of a block after this step."""
-        step = clock.step + 1
-        whole = step // self.interval * self.interval
-        end = self.t_f * clock.total_steps
-        return kept_count(
-            ramp((step if step >= end else whole) / clock.total_steps, self.t_i, self.t_f), pattern, self.curve
-        )
+    def kept(self, step: int, total_steps: int, pattern: Pattern) -> int:
+        """Count the weights kept of a block once so many steps are done."""
+        return kept_after(step, total_steps, (self.t_i, self.t_f), self.interval, pattern, self.curve)
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> GradualState:
         everything = torch.ones(w_OSC.shape, dtype=torch.bool, device=w_OSC.device)
@@ -98,16 +94,14 @@ class Gradual(Method[GradualState]):
         return state.mask if self.base == "asp" else magnitude_mask(w_OSC.detach(), pattern, state.keep)
 
     def operand(self, w_OSC: Tensor, state: GradualState, pattern: Pattern) -> Operand:
-        if self.base == "srste":
-            return self._srste().operand(w_OSC, SRSTEState(state.keep), pattern)
-        return Operand(masked(w_OSC, state.mask))
+        through = straight_through if self.base == "srste" else masked
+        return Operand(through(w_OSC, self.mask(w_OSC, state, pattern)))
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: GradualState, pattern: Pattern, clock: Clock) -> Update:
-        if self.base == "srste":
-            grad_OSC = self._srste().update(w_OSC, grad_OSC, SRSTEState(state.keep), pattern, clock).grad
-        before = Clock(clock.step - 1, clock.total_steps, clock.learning_rate)
-        keep = self.kept(clock, pattern)
-        if keep < self.kept(before, pattern) or clock.fresh:
+        if self.base == "srste" and self.decay:
+            grad_OSC = refined(grad_OSC, w_OSC, self.mask(w_OSC, state, pattern), self.decay)
+        keep = self.kept(clock.step + 1, clock.total_steps, pattern)
+        if keep < self.kept(clock.step, clock.total_steps, pattern) or clock.fresh:
             state = self._prune(w_OSC, state, pattern, keep)
         return Update(state, grad_OSC)
 
@@ -117,6 +111,3 @@ class Gradual(Method[GradualState]):
     def _prune(self, w_OSC: Tensor, state: GradualState, pattern: Pattern, keep: int) -> GradualState:
         mask = prune_further(w_OSC, state.mask, pattern, keep) if self.base == "asp" else state.mask
         return GradualState(torch.full_like(state.keep, keep), mask)
-
-    def _srste(self) -> SRSTE:
-        return SRSTE(decay=self.decay)

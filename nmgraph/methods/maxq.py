@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import CURVES, check_phase, check_range, ramp
+from nmgraph.methods.srste import refined
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
@@ -110,9 +111,9 @@ class MaxQ(Method[MaxQState]):
         return Operand(replaced(w_OSC, value))
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: MaxQState, pattern: Pattern, clock: Clock) -> Update:
-        decayed = w_OSC.masked_fill(self.mask(w_OSC, state, pattern), 0.0)
-        state = MaxQState(torch.full_like(state.dense_share, self.dense_share(clock.progress)))
-        return Update(state, grad_OSC + self.decay * decayed)
+        if self.decay:
+            grad_OSC = refined(grad_OSC, w_OSC, self.mask(w_OSC, state, pattern), self.decay)
+        return Update(MaxQState(torch.full_like(state.dense_share, self.dense_share(clock.progress))), grad_OSC)
 
     def conclude(self, w_OSC: Tensor, state: MaxQState, pattern: Pattern) -> MaxQState:
         return MaxQState(torch.zeros_like(state.dense_share))

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_range
-from nmgraph.methods.static import BAME_CIFAR
+from nmgraph.methods.static import BAME_CIFAR, Static
 from nmgraph.nm.grouping import blocks
-from nmgraph.nm.masks import random_mask, top_n
+from nmgraph.nm.masks import top_n
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.randomness import generator, seed_of
 from nmgraph.nm.straight_through import masked, straight_through
 
 
@@ -83,8 +82,8 @@ class RigL(Method[RigLState]):
         return f"the mask never changes before t_f, as interval={self.interval}. Set a smaller interval"
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> RigLState:
-        drawn = random_mask(tuple(w_OSC.shape), pattern, generator(seed_of(w_OSC, self.seed)))
-        return RigLState(drawn.to(w_OSC.device), torch.tensor(False, device=w_OSC.device))
+        drawn = Static(seed=self.seed).init(w_OSC, pattern).mask
+        return RigLState(drawn, torch.tensor(False, device=w_OSC.device))
 
     def mask(self, w_OSC: Tensor, state: RigLState, pattern: Pattern) -> Tensor:
         return state.mask

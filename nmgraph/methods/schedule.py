@@ -43,6 +43,19 @@ def kept_count(x: float, pattern: Pattern, curve: str) -> int:
     return pattern.m - math.floor((pattern.m - pattern.n) * CURVES[curve](x) + 0.5 + 1e-9)
 
 
+def kept_after(
+    step: int, total_steps: int, phase: tuple[float, float], interval: int, pattern: Pattern, curve: str
+) -> int:
+    """Count the weights kept of a block once so many steps are done, if pruning happens every ``interval`` steps, and at the end.
+
+    >>> [kept_after(step, 100, (0.0, 0.25), 10, Pattern(1, 4), "linear") for step in (9, 10, 19, 20, 25)]
+    [4, 3, 3, 2, 1]
+    """
+    start, end = phase
+    whole = step if step >= end * total_steps else step // interval * interval
+    return kept_count(ramp(whole / total_steps, start, end), pattern, curve)
+
+
 def check_phase(method: str, start: float, end: float) -> None:
     """Refuse a phase that does not lie within the run.
 

@@ -22,6 +22,11 @@ from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import straight_through
 
 
+def refined(grad_OSC: Tensor, w_OSC: Tensor, mask_OSC: Tensor, decay: float) -> Tensor:
+    """Add SR-STE's decay of the masked weights to a gradient (Eq. 9): ``G + λ (1 - B) W``."""
+    return grad_OSC + decay * w_OSC.masked_fill(mask_OSC, 0.0)
+
+
 class SRSTEState(NamedTuple):
     """State of one weight.
 
@@ -99,10 +104,9 @@ class SRSTE(Method[SRSTEState]):
         return Operand(straight_through(w_OSC, self.mask(w_OSC, state, pattern)))  # Eq. 4 and 7
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: SRSTEState, pattern: Pattern, clock: Clock) -> Update:
-        # Eq. 9: G + λ (1 - B) W. Here and not in backward, where gradient accumulation would multiply the decay
-        # and a loss scale divide it.
+        # Here and not in backward, where gradient accumulation would multiply the decay and a loss scale divide it.
         if self.decay:
-            grad_OSC = grad_OSC + self.decay * w_OSC.masked_fill(self.mask(w_OSC, state, pattern), 0.0)
+            grad_OSC = refined(grad_OSC, w_OSC, self.mask(w_OSC, state, pattern), self.decay)
         return Update(SRSTEState(torch.full_like(state.keep, self.kept(clock.progress, pattern))), grad_OSC)
 
     def conclude(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> SRSTEState:

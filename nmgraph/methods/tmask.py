@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_range
+from nmgraph.methods.srste import refined
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import straight_through
 from nmgraph.nm.transposable import transposable_mask
@@ -78,7 +79,7 @@ class TMask(Method[TMaskState]):
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: TMaskState, pattern: Pattern, clock: Clock) -> Update:
         if self.decay:
-            grad_OSC = grad_OSC + self.decay * w_OSC.masked_fill(state.mask, 0.0)
+            grad_OSC = refined(grad_OSC, w_OSC, state.mask, self.decay)
         if clock.step > 0 and clock.step % self.interval == 0:
             state = TMaskState(transposable_mask(w_OSC, pattern))
         return Update(state, grad_OSC)
