@@ -23,7 +23,7 @@ import nmgraph
 from nmgraph import api
 from nmgraph.checkpoint.dense_file import open_dense
 from nmgraph.checkpoint.factory import call_factory
-from nmgraph.errors import ConversionError, FileError, MethodError, NMGraphError
+from nmgraph.errors import ConversionError, ExportError, FileError, MethodError, NMGraphError
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import masked_weights
@@ -130,8 +130,9 @@ def inspect(
     with _answering(json, debug), _progress(json, 1) as progress:
         recipe = Recipe(make_method(method), Pattern.parse(pattern))
         dense = open_dense(model, factory=factory, trust=trust)
-        found = api.plan(dense, recipe, inputs=_inputs(input), progress=progress).manifest()
-        _answer(json, found.to_dict(), found)
+        found = api.plan(dense, recipe, inputs=_inputs(input) or _usual_inputs(dense), progress=progress).manifest()
+        totals = {"coverage": found.coverage, "macs_coverage": found.macs_coverage}
+        _answer(json, found.to_dict() | totals, found)
 
 
 @app.command()
@@ -352,6 +353,16 @@ def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     if not (key and equals and value):
         raise ConversionError(f"{option} {text!r} has another form than {form}.")
     return key, value
+
+
+def _usual_inputs(model: Any) -> Any:
+    """Find inputs that a model takes, to count its operations; None if it does not say what it takes."""
+    from nmgraph.export.inputs import find_inputs
+
+    try:
+        return find_inputs(model, None)
+    except ExportError:
+        return None  # the table goes without that column
 
 
 def _inputs(texts: list[str]) -> Any:
