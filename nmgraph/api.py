@@ -34,7 +34,7 @@ from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
 from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, restrict, rewrite
 from nmgraph.passes.structure import copy_structure, duplicate, share_parameters, unwrapped
-from nmgraph.passes.trace import trace_both_modes, uses
+from nmgraph.passes.trace import Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
 from nmgraph.training.controller import Controller
@@ -48,6 +48,7 @@ Progress = Callable[[str], None]
 
 
 _EVERYTHING = Selection()
+_USUAL = Tracing()
 
 
 def _silent(stage: str) -> None:
@@ -67,6 +68,8 @@ def convert(
     block_axis: str | None = None,
     preset: str | None = None,
     mode: str = "auto",
+    tracer: fx.Tracer | None = None,
+    concrete_args: dict[str, Any] | None = None,
     progress: Progress = _silent,
     **method_options: Any,
 ) -> nn.Module:
@@ -92,6 +95,8 @@ def convert(
         preset: published settings of the method by name, such as ``"paper"``; what is given beside it counts more.
         mode: ``"auto"`` changes layers in place; ``"graph"`` returns a whole ``torch.fx.GraphModule`` that shares
             the model's parameters, and leaves the model itself as it was.
+        tracer: a tracer of your own for the model as a whole, such as one with other leaves.
+        concrete_args: arguments of the forward to fix while tracing, as ``torch.fx.symbolic_trace`` takes them.
         progress: called with what begins.
         **method_options: options of the method, as ``nmgraph methods`` lists them.
 
@@ -116,11 +121,12 @@ def convert(
     )
     selection = select(skip, include, layers, keep_dense, block_axis, published)
     inputs = None if example_inputs is None else make_inputs(example_inputs)
-    planned = plan(model, recipe, selection, inputs=inputs, progress=progress)
+    how = Tracing(tracer, concrete_args)
+    planned = plan(model, recipe, selection, inputs=inputs, how=how, progress=progress)
     require_some(planned.decisions, model)
     require_finite(planned.decisions)
     if mode == "graph":
-        model = _as_graph(model, inputs)
+        model = _as_graph(model, inputs, how)
         planned = replace(planned, decisions=tuple(restrict(planned.decisions, model)))
     progress("rewriting layers")
     rewrite(model, planned.recipes)
@@ -154,6 +160,7 @@ def plan(
     selection: Selection = _EVERYTHING,
     *,
     inputs: Inputs | None = None,
+    how: Tracing = _USUAL,
     progress: Progress = _silent,
 ) -> Plan:
     """Decide for every site what ``convert`` would make of it, and change nothing.
@@ -171,7 +178,7 @@ def plan(
         )
         raise ConversionError(f"{type(model).__name__} {said}. Convert a dense model, or finalize this one first.")
     progress("tracing")
-    used = uses(model)
+    used = uses(model, how)
     if inputs is not None:
         ran = watch(model, inputs.call)
         used.calls, used.macs, used.unfollowed = ran.calls, ran.macs, []
@@ -433,8 +440,8 @@ def _require_plain(model: Any) -> None:
         )
 
 
-def _as_graph(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
-    traced = trace_both_modes(model)
+def _as_graph(model: nn.Module, inputs: Inputs | None, how: Tracing) -> fx.GraphModule:
+    traced = trace_both_modes(model, how)
     assert traced.graph is not None
     graph_module = fx.GraphModule(traced.root, traced.graph, type(model).__name__)
     for node in traced.graph.nodes:

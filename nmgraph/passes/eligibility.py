@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
@@ -222,11 +222,17 @@ def _along(products: list[Use]) -> dict[str, Any]:
     if len(axes) > 1 or None in axes:
         what = "along more than one of its axes" if len(axes) > 1 else "along no single axis of it"
         return {"obstacle": Refusal(f"{function} sums {what}", "it stays dense; use a parameter for each product")}
-    return {"axis": axes.pop()}
+    groups = max(use.groups for use in products)
+    default = {"default": _grouped(groups)} if groups > 1 else {}
+    axis = axes.pop()
+    return {"axis": axis, "groups": groups if axis == 0 else 1, **default}
 
 
 def _judged(site: Site, weight: nn.Parameter, holders: Mapping[int, list[str]], *, embedded: bool = False) -> Site:
-    default = _default(site.module, weight, holders)
+    default = site.default or _default(site.module, weight, holders)
+    if isinstance(site.module, fx.GraphModule):  # whose copies are made anew from its graph
+        copied = Refusal("a GraphModule holds it itself, whose copies would lose its mask", "hold it in a submodule")
+        return replace(site, obstacle=copied)
     if embedded and default is None:
         default = Refusal(
             "it is the table of an embedding, too", "ask for it with --include to prune the table with it"
@@ -322,12 +328,14 @@ def _default(module: nn.Module | None, weight: nn.Parameter | None, holders: Map
             "unfreeze it, or ask for it with --include: then it gets a fixed mask by magnitude",
         )
     groups = getattr(module, "groups", 1) if module is not None and is_layer(module) else 1
-    if groups > 1:
-        return Refusal(
-            f"it is a grouped convolution (groups={groups})",
-            "sparse tensor cores don't take these; ask for it with --include where M divides a group's channels",
-        )
-    return None
+    return _grouped(groups) if groups > 1 else None
+
+
+def _grouped(groups: int) -> Refusal:
+    return Refusal(
+        f"it is a grouped convolution (groups={groups})",
+        "sparse tensor cores don't take these; ask for it with --include where M divides a group's channels",
+    )
 
 
 def _own_forward_obstacle(layer: nn.Module) -> Refusal | None:

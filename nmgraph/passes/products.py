@@ -69,12 +69,14 @@ class Use:
         function: what multiplies by it.
         axis: which of its axes is summed over; None if that is not one axis.
         computed: whether anything but a move or a conversion stands between the two.
+        groups: of a convolution.
     """
 
     parameter: str
     function: str
     axis: Axis | None
     computed: bool = False
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def find_uses(graph: fx.Graph, root: nn.Module) -> Iterator[Use]:
                 if axis is None or origin.computed
                 else axis_of(origin.axes, axis, parameters[origin.parameter].dim(), function)
             )
-            yield Use(origin.parameter, function, along, origin.computed)
+            yield Use(origin.parameter, function, along, origin.computed, _groups(node, function))
 
 
 def axis_of(axes: Axes, summed: int, dims: int, function: str) -> Axis | None:
@@ -141,6 +143,11 @@ def _function(node: fx.Node) -> str | None:
         name = node.target.overloadpacket.__name__
         return name if node.target.namespace == "aten" and name in _OPERANDS else None
     return _FUNCTIONS.get(node.target)
+
+
+def _groups(node: fx.Node, function: str) -> int:
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return groups if function.startswith("conv") and isinstance(groups, int) else 1
 
 
 def _weights(node: fx.Node, function: str) -> Iterator[tuple[fx.Node, int | None]]:

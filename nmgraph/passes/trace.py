@@ -61,29 +61,46 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None) -> Trace:
+@dataclass(frozen=True)
+class Tracing:
+    """What a user knows of how to trace the model.
+
+    Attributes:
+        tracer: used for the model as a whole in place of ours; its leaves are its own.
+        concrete_args: arguments of the forward that are fixed, as ``torch.fx`` takes them.
+    """
+
+    tracer: fx.Tracer | None = None
+    concrete_args: dict[str, Any] | None = None
+
+
+_USUAL = Tracing()
+
+
+def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None, how: Tracing = _USUAL) -> Trace:
     """Trace in the model's present mode; types that cannot be traced become leaves. The model is not touched."""
     root = copy_structure(model, share)
     leaves = dict(leaves or {})
     while True:
-        tracer = _Tracer(leaves)
+        tracer = how.tracer or _Tracer(leaves)
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
                 # Another seed for each mode, so that a random draw that gets baked in shows as a difference.
                 torch.default_generator.manual_seed(int(root.training))
-                graph = tracer.trace(root)
+                graph = tracer.trace(root, how.concrete_args)
         except Exception as error:
             # Any error at all: the code being traced is the user's, and the answer is a leaf, never a crash.
             reason = f"{type(error).__name__}: {first_line(error).partition('. ')[0]}"
-            if tracer.failed is None or type(tracer.failed) in leaves:
+            failed = tracer.failed if isinstance(tracer, _Tracer) else None
+            if failed is None or type(failed) in leaves:
                 return Trace(root, None, reason, _named(leaves))
-            leaves[type(tracer.failed)] = reason
+            leaves[type(failed)] = reason
         else:
             return Trace(root, graph, None, _named(leaves))
 
 
-def trace_both_modes(model: nn.Module) -> Trace:
+def trace_both_modes(model: nn.Module, how: Tracing = _USUAL) -> Trace:
     """Trace so that one graph is right in training and in evaluation.
 
     Raises:
@@ -92,9 +109,9 @@ def trace_both_modes(model: nn.Module) -> Trace:
     leaves: dict[type[nn.Module], str] = {}
     while True:
         with _mode(model, True):
-            train = trace(model, leaves)
+            train = trace(model, leaves, how)
         with _mode(model, False):
-            evaluate = trace(model, leaves)
+            evaluate = trace(model, leaves, how)
         for traced in (train, evaluate):
             if traced.graph is None:
                 raise ConversionError(
@@ -106,7 +123,7 @@ def trace_both_modes(model: nn.Module) -> Trace:
             return Trace(train.root, train.graph, None, train.leaves | evaluate.leaves)
         stack = list((difference.meta.get("nn_module_stack") or {}).values())
         owner = type(train.root.get_submodule(stack[-1][0])) if stack and stack[-1][0] else type(model)
-        if owner is type(model) or owner in leaves:
+        if owner is type(model) or owner in leaves or how.tracer is not None:
             raise ConversionError(
                 f"{type(model).__name__}.forward itself differs between train() and eval() (at "
                 f'{difference.format_node()}), and one graph cannot hold both. Use mode="auto", or move that step '
@@ -138,10 +155,10 @@ class Uses:
     head: tuple[str, ...] = ()
 
 
-def uses(model: nn.Module) -> Uses:
+def uses(model: nn.Module, how: Tracing = _USUAL) -> Uses:
     """Follow the model's forward; where the root resists, follow each child by itself."""
     found = Uses()
-    traced = trace(model)
+    traced = trace(model, how=how)
     _collect(model, traced, "", found)
     found.stem, found.head = _ends(model, traced)
     return found

@@ -94,7 +94,13 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name == "convolution":
-            self._note(args[1], 0 if args[6] else 1, (args[0] if args[6] else out).numel() * args[1][0].numel(), "conv")
+            self._note(
+                args[1],
+                0 if args[6] else 1,
+                (args[0] if args[6] else out).numel() * args[1][0].numel(),
+                "conv",
+                groups=args[8],
+            )
         elif name in _PRODUCTS:
             both = 3 if 2 in _PRODUCTS[name] else 1  # the places of the two factors, added
             for place, axis in _PRODUCTS[name].items():
@@ -106,7 +112,9 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._follow(name, out, [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)])
         return out
 
-    def _note(self, weight: Tensor, axis: int | None, macs: int, function: str, other: Tensor | None = None) -> None:
+    def _note(
+        self, weight: Tensor, axis: int | None, macs: int, function: str, other: Tensor | None = None, groups: int = 1
+    ) -> None:
         span = self._span(weight)
         if span is None or span.dims < 2:
             return
@@ -114,7 +122,7 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
             function, axis = LOOKUP, None
         axes = tuple(span.axes.get(stride) if size > 1 else None for size, stride in _layout(weight))
         along = None if axis is None or span.computed else axis_of(axes, axis, span.dims, function)
-        use = Use(span.parameter, function, along, span.computed)
+        use = Use(span.parameter, function, along, span.computed, groups)
         if use not in self.found.uses and span.parameter not in self.held:
             self.found.uses.append(use)
         if axis is not None:

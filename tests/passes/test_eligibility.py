@@ -460,3 +460,31 @@ def test_parameter_of_a_module_that_cannot_be_followed_is_listed_until_a_run_sho
     found = entries(Branches(), example_inputs=torch.randn(4, 16))
     assert sorted(found) == ["body", "matrix"]
     assert (found["matrix"].converted, found["matrix"].axis, found["matrix"].macs) == (True, 0, 4 * 16 * 8)
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(2, 16, 6, 6)], ids=["from the graph", "from a run"])
+@pytest.mark.parametrize(
+    ("convolve", "shape"),
+    [(F.conv2d, (16, 8, 3, 3)), (F.conv_transpose2d, (16, 8, 3, 3))],
+    ids=["conv2d", "conv_transpose2d"],
+)
+def test_grouped_convolution_with_a_bare_parameter_stays_dense(convolve, shape, inputs):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel, self.head = nn.Parameter(torch.randn(shape)), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x):
+            return self.head(convolve(x, self.kernel, groups=2))
+
+    reason, _ = reason_and_remedy(Net(), "kernel", example_inputs=inputs)
+    assert reason == "it is a grouped convolution (groups=2)"
+    found = entries(Net(), example_inputs=inputs, include=["kernel"], method="srste")["kernel"]
+    assert (found.converted, found.axis) == (True, 1 if convolve is F.conv2d else 0)
+
+
+def test_parameter_of_the_graph_itself_stays_dense():
+    exported = torch.export.export(BareProduct(torch.matmul), (torch.randn(4, 16),)).module()
+    found = entries(exported, method="srste")
+    assert found["projection"].reason == "a GraphModule holds it itself, whose copies would lose its mask"
+    assert found["head"].converted
