@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import fx, nn
 from nmgraph.checkpoint.dense_file import make_model, state_of
 from nmgraph.checkpoint.factory import load_weights
 from nmgraph.checkpoint.hugging_face import find_hugging_face_manifest, open_hugging_face
+from nmgraph.checkpoint.hugging_face_write import require_hugging_face, write_hugging_face
 from nmgraph.checkpoint.nm_file import is_nm_file, read_nm_file, write_nm_file
 from nmgraph.checkpoint.tensors import load_compressed, verify_safetensors
 from nmgraph.checkpoint.trusted import load_trusted
@@ -322,7 +324,6 @@ def export(
         raise ExportError("there is nothing to export: leave onnx on, or ask for safetensors.")
     # Only here: onnx and onnxruntime take a second to import.
     from nmgraph.export.bundle import dtype_of, require_export_directory, write_bundle
-    from nmgraph.export.hugging_face_files import require_hugging_face
     from nmgraph.export.trt_report import TensorRT
 
     dtype, directory = dtype_of(precision, onnx), Path(directory)
@@ -360,7 +361,7 @@ def export(
         pruned=pruned,
         projected=projected,
         tensorrt=TensorRT(tensorrt, compare) if trt or trt_command else None,
-        hf=hf,
+        write_hf=partial(write_hugging_face, manifest=recorded) if hf else None,
         progress=progress,
     )
 

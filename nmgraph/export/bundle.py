@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Group, RenderableType
@@ -18,9 +18,8 @@ from torch import nn
 
 from nmgraph.errors import ExportError
 from nmgraph.export import trt_files
-from nmgraph.export.hugging_face_files import DIRECTORY, ReadBack, without_cache, write_hugging_face
 from nmgraph.export.inputs import Inputs
-from nmgraph.export.onnx_file import write_onnx
+from nmgraph.export.onnx_file import without_cache, write_onnx
 from nmgraph.export.parity import Parity, compare
 from nmgraph.export.proof import load_onnx, verify_onnx
 from nmgraph.export.trt_command import trtexec_line
@@ -32,10 +31,22 @@ from nmgraph.passes.manifest import MANIFEST_KEY, Manifest
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.verification import Verification, verify_model
 
+HF_DIRECTORY = "hf"
 _OURS = (
-    "model.onnx", "model.onnx.data", "model.safetensors", "manifest.json", "report.json", DIRECTORY, *trt_files.FILES,
+    "model.onnx", "model.onnx.data", "model.safetensors", "manifest.json", "report.json", HF_DIRECTORY, *trt_files.FILES,
 )  # fmt: skip
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ReadBack(Protocol):
+    """What was found of a Hugging Face directory when it was read back."""
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether everything came back as it was."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,7 @@ def require_export_directory(directory: Path) -> None:
 def write_bundle(
     model: nn.Module, directory: Path, manifest: Manifest, *, inputs: Inputs | None, precision: str, safetensors: bool,
     pruned: tuple[str, ...], projected: tuple[Projection, ...] = (), tensorrt: TensorRT | None = None,
-    hf: bool = False, progress: Callable[[str], None],
+    write_hf: Callable[[nn.Module, Path], ReadBack] | None = None, progress: Callable[[str], None],
 ) -> ExportReport:  # fmt: skip
     """Write a finalized model.
 
@@ -185,7 +196,7 @@ def write_bundle(
         pruned: layers that were unfinished, for the report.
         projected: layers that were pruned further, for the report.
         tensorrt: what is wanted of TensorRT, if anything is.
-        hf: write a Hugging Face directory, too.
+        write_hf: writes a Hugging Face directory and reads it back; None writes none.
         progress: called with what begins.
 
     Raises:
@@ -217,9 +228,9 @@ def write_bundle(
         if safetensors:
             progress("writing safetensors")
             sizes = _write_safetensors(model, temporary / "model.safetensors", manifest)
-        if hf:
+        if write_hf is not None:
             progress("writing the Hugging Face directory")
-            read_back = write_hugging_face(model, temporary / DIRECTORY, manifest)
+            read_back = write_hf(model, temporary / HF_DIRECTORY)
         (temporary / "manifest.json").write_text(manifest.to_json() + "\n")
         files = {str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()}
         found = ExportReport(

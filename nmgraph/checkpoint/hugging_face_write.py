@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,6 @@ from torch import Tensor, nn
 from nmgraph.checkpoint.hugging_face import MANIFEST_FILE, open_hugging_face, quiet
 from nmgraph.errors import ExportError, FileError, first_line
 from nmgraph.passes.manifest import Manifest
-
-DIRECTORY = "hf"
 
 
 @dataclass(frozen=True)
@@ -91,25 +87,11 @@ def write_hugging_face(model: Any, directory: Path, manifest: Manifest) -> ReadB
     try:
         again, _ = open_hugging_face(directory)
     except FileError as error:
-        return ReadBack(type(model).__name__, len(wanted), error=str(error).replace(str(directory), DIRECTORY))
+        return ReadBack(type(model).__name__, len(wanted), error=str(error).replace(str(directory), directory.name))
     found = _tensors(again)
     names = sorted(wanted.keys() | found.keys())
     differing = tuple(name for name in names if not _equal(wanted.get(name), found.get(name)))
     return ReadBack(type(again).__name__, len(names), differing)
-
-
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Let a language model answer without its key and value cache, whose class neither exporter nor parity knows."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    cached = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
-    for config in cached:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in cached:
-            config.use_cache = True
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
