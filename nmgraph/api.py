@@ -24,7 +24,8 @@ from nmgraph.export.semi_structured import Acceleration, accelerate_linears
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.export.trt_rules import parse_projection, require_sparse_sites
 from nmgraph.files import require_writable
-from nmgraph.layers.masked import LAYERS, masked_layers
+from nmgraph.layers.kinds import is_layer
+from nmgraph.layers.masked import masked_weights
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import find_preset, make_method
 from nmgraph.methods.contract import Method, Preset
@@ -34,10 +35,11 @@ from nmgraph.passes.finalize import fold, require_finished
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
-from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, rewrite
+from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, restrict, rewrite
 from nmgraph.passes.structure import copy_structure, duplicate, find_sharded, share_parameters, unwrapped
-from nmgraph.passes.trace import count_calls, trace_both_modes, uses
+from nmgraph.passes.trace import trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
+from nmgraph.passes.watch import prefer, watch
 from nmgraph.training.controller import Controller
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def convert(
     pattern: str | Pattern = "2:4",
     example_inputs: Any = None,
     skip: Sequence[str] = (),
+    include: Sequence[str] = (),
     layers: Mapping[str, str | Pattern] | None = None,
     keep_dense: Sequence[str] | None = None,
     block_axis: str | None = None,
@@ -83,6 +86,8 @@ def convert(
             manifest then knows how often each layer is called, a GraphModule is held to the same answer, and the
             export remembers the shapes.
         skip: globs on qualified names of layers to leave dense.
+        include: globs on names of layers to convert that are left dense by default: grouped convolutions, frozen
+            weights (with a fixed mask by magnitude), and weights that several modules share (masked in all of them).
         layers: patterns by glob; of several that match a layer, the last one counts.
         keep_dense: ``"stem"`` and ``"head"``: leave the layers at the model's ends dense, as the papers do.
         block_axis: ``"channels"``, the default, or ``"flat"``: blocks of a convolution run along its kernel window
@@ -112,16 +117,14 @@ def convert(
     recipe = Recipe(
         make_method(method, {**(published.options if published else {}), **method_options}), Pattern.parse(pattern)
     )
-    selection = select(skip, layers, keep_dense, block_axis, published)
+    selection = select(skip, include, layers, keep_dense, block_axis, published)
     inputs = None if example_inputs is None else make_inputs(example_inputs)
     planned = plan(model, recipe, selection, inputs=inputs, progress=progress)
     require_some(planned.decisions, model)
     require_finite(planned.decisions)
     if mode == "graph":
         model = _as_graph(model, inputs)
-        reached = {name for name, _ in model.named_modules()}
-        used = tuple(d for d in planned.decisions if d.refusal or d.site.name in reached)
-        planned = replace(planned, decisions=used)
+        planned = replace(planned, decisions=tuple(restrict(planned.decisions, model)))
     progress("rewriting layers")
     rewrite(model, planned.recipes)
     write_manifest(model, planned.manifest(() if inputs is None else inputs.shapes()))
@@ -130,6 +133,7 @@ def convert(
 
 def select(
     skip: Sequence[str],
+    include: Sequence[str],
     layers: Mapping[str, str | Pattern] | None,
     keep_dense: Sequence[str] | None,
     block_axis: str | None,
@@ -140,6 +144,7 @@ def select(
     keep_dense = [keep_dense] if isinstance(keep_dense, str) else keep_dense
     return Selection(
         [skip] if isinstance(skip, str) else skip,  # a string is a sequence, too: of its letters
+        [include] if isinstance(include, str) else include,
         {glob: Pattern.parse(p) for glob, p in (layers or {}).items()},
         usual.keep_dense if keep_dense is None else keep_dense,
         block_axis or usual.block_axis,
@@ -160,7 +165,7 @@ def plan(
         ConversionError: if the model is converted already, or does not take the inputs.
     """
     found = find_manifest(model)
-    converted = masked_layers(model)
+    converted = masked_weights(model)
     if converted:
         said = (
             f"is converted already ({found.method}: {found})"
@@ -171,7 +176,9 @@ def plan(
     progress("tracing")
     used = uses(model)
     if inputs is not None:
-        used.calls = count_calls(model, inputs.call)
+        ran = watch(model, inputs.call)
+        used.calls, used.macs, used.unfollowed = ran.calls, ran.macs, []
+        used.products = prefer(ran.uses, used.products)
     decisions = decide(find_sites(model, used), used, recipe, selection)
     return Plan(recipe.method.name, tuple(decisions), used.untraced)
 
@@ -215,7 +222,7 @@ def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
     """
     model = unwrapped(model)
     require_manifest(model)
-    if not masked_layers(model):
+    if not masked_weights(model):
         raise ConversionError(f"{type(model).__name__} is finalized already.")
     if not force:
         require_finished(model)
@@ -336,9 +343,9 @@ def export(
     if trt or trt_command:
         require_sparse_sites(recorded, projected=target is not None)
     progress("finalizing")
-    sparse = masked_layers(model)
+    sparse = masked_weights(model)
     # Without force, finalize refuses what is unfinished.
-    pruned = tuple(name for name, layer in sparse.items() if layer.nm_unfinished()) if force else ()
+    pruned = tuple(name for name, layer in sparse.items() if layer.unfinished()) if force else ()
     finished = finalize(model, force=force) if sparse else copy_structure(model, duplicate)
     projected: tuple[Projection, ...] = ()
     if target is not None:
@@ -463,7 +470,7 @@ def _as_graph(model: nn.Module, inputs: Inputs | None) -> fx.GraphModule:
     for node in traced.graph.nodes:
         # fx copies a parameter that the forward reads, not the layer around it, which has to mask it.
         owner = str(node.target).rpartition(".")[0]
-        if node.op == "get_attr" and isinstance(traced.root.get_submodule(owner), LAYERS):
+        if node.op == "get_attr" and is_layer(traced.root.get_submodule(owner)):
             graph_module.add_submodule(owner, traced.root.get_submodule(owner))
     copies = [copy_structure(m, share_parameters).eval() for m in (model, graph_module)]
     if inputs is not None and not inputs.same_answer(*copies):

@@ -26,7 +26,7 @@ from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.errors import ConversionError, FileError, MethodError, NMGraphError
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
-from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.masked import masked_weights
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import METHODS, find_preset, make_method
 from nmgraph.methods.contract import Preset
@@ -71,6 +71,10 @@ PatternOption = Annotated[
 ]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the method.")]
 SkipOption = Annotated[list[str], typer.Option("--skip", metavar="GLOB", help="Leave these layers dense.")]
+IncludeOption = Annotated[
+    list[str],
+    typer.Option("--include", metavar="GLOB", help="Convert these, too, if grouped, frozen or shared."),
+]
 LayerOption = Annotated[
     list[str],
     typer.Option(
@@ -148,6 +152,7 @@ def convert(
     pattern: PatternOption = "2:4",
     set: SetOption = [],  # noqa: B006
     skip: SkipOption = [],  # noqa: B006
+    include: IncludeOption = [],  # noqa: B006
     layer: LayerOption = [],  # noqa: B006
     keep_dense: KeepDenseOption = None,
     block_axis: BlockAxisOption = None,
@@ -170,7 +175,7 @@ def convert(
         layers = dict(_pair(text, "--layer", "GLOB=N:M") for text in layer)
         dense = read_dense(model, factory=factory, trust=trust)
         converted = nmgraph.convert(
-            dense.model, method=method, pattern=pattern, skip=skip, layers=layers, example_inputs=_inputs(input),
+            dense.model, method=method, pattern=pattern, skip=skip, include=include, layers=layers, example_inputs=_inputs(input),
             keep_dense=None if keep_dense is None else [end.strip() for end in keep_dense.split(",") if end.strip()],
             block_axis=block_axis, preset=preset, progress=progress, **options,
         )  # fmt: skip
@@ -180,7 +185,7 @@ def convert(
         again = ["nmgraph", "export", str(out), *(["--model", str(dense.factory)] if named else [])]
         again += [word for package in trust for word in ("--trust", package)]
         note = "\n".join([*dense.notes, f"Wrote {out}. Train it, then: {shlex.join(again)}"])
-        told = next(iter(masked_layers(converted).values())).nm_told
+        told = next(iter(masked_weights(converted).values())).told
         settings: dict[str, Any] = {"options": told.method.options()}
         if preset:
             published = find_preset(method, preset)
@@ -201,17 +206,17 @@ def status(
     with _answering(json, debug):
         model = nmgraph.load(converted, model=factory, trust=trust)
         rows = []
-        for name, layer in masked_layers(model).items():
-            step, total = layer.nm_clock.tolist()
+        for name, weight in masked_weights(model).items():
+            step, total = weight.clock.tolist()
             rows.append(
                 {
                     "site": name,
-                    "method": layer.nm_told.method.name,
-                    "pattern": str(layer.nm_told.pattern),
+                    "method": weight.told.method.name,
+                    "pattern": str(weight.told.pattern),
                     "step": step,
                     "total_steps": total,
-                    "kept": float(layer.nm_mask().float().mean()),
-                    "unfinished": layer.nm_unfinished() or "",
+                    "kept": float(weight.mask().float().mean()),
+                    "unfinished": weight.unfinished() or "",
                 }
             )
         table = Table(title=escape(str(converted)), title_justify="left", header_style="bold")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from handles import nm
 from models import Encoder, TiedLanguageModel, cnn, resnet
 from torch import nn
 from torch.nn import functional as F
@@ -58,7 +59,7 @@ def test_two_models_train_beside_each_other(method):
 def test_configured_method_is_taken_as_it_is():
     method = nmgraph.METHODS["srste"](decay=0.0)
     model = nmgraph.convert(Encoder(), method=method)
-    assert model.head.nm_told.method is method
+    assert nm(model.head).told.method is method
 
 
 def test_pattern_object_is_taken_as_it_is():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from handles import nm
 from models import Encoder, NeverTheSame, cnn, mlp
 from torch import nn
 from typer.testing import CliRunner
@@ -111,7 +112,7 @@ def test_convert_takes_every_option(tmp_path):
         "7": ("1:4", "left dense on request"),
     }
     model = nmgraph.load(tmp_path / "other.nm.pt", model=cnn())
-    assert (model[3].nm_told.method.momentum, model[3].nm_told.method.t_f) == (0.5, 0.25)
+    assert (nm(model[3]).told.method.momentum, nm(model[3]).told.method.t_f) == (0.5, 0.25)
 
 
 def test_convert_tells_the_factory_to_name_again(tmp_path):

@@ -10,7 +10,7 @@ COMMANDS = {
     "methods": ["--json", "--debug"],
     "inspect": ["MODEL", "--model", "--trust", "--method", "--pattern", "--input", "--json", "--debug"],
     "convert": [
-        "MODEL", "--method", "--pattern", "--set", "--skip", "--layer", "--keep-dense", "--block-axis", "--preset",
+        "MODEL", "--method", "--pattern", "--set", "--skip", "--include", "--layer", "--keep-dense", "--block-axis", "--preset",
         "--model", "--trust", "--input", "-o --output", "--overwrite", "--json", "--debug",
     ],
     "status": ["CONVERTED", "--model", "--trust", "--json", "--debug"],

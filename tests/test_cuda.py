@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 
 import nmgraph
@@ -44,7 +45,7 @@ def train(model, optimizer, steps, *, scaler=None, dtype=None):
 def test_masks_of_a_step_are_those_of_the_cpu(method):
     on_cpu = nmgraph.convert(network(), method=method)
     on_gpu = copy.deepcopy(on_cpu).cuda()
-    assert torch.equal(on_cpu[0].nm_mask(), on_gpu[0].nm_mask().cpu())
+    assert torch.equal(nm(on_cpu[0]).mask(), nm(on_gpu[0]).mask().cpu())
 
 
 @pytest.mark.parametrize("method", METHODS)

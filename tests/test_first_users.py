@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from handles import nm
 from models import mlp
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -25,7 +26,7 @@ def call(*arguments):
 def test_weights_that_diverged_are_not_finalized_or_called_sparse():
     model = nmgraph.convert(mlp(), method="srste")
     with torch.no_grad():
-        model[0].nm_raw[0, 0] = torch.nan
+        nm(model[0]).raw[0, 0] = torch.nan
     with pytest.raises(ConversionError) as caught:
         nmgraph.finalize(model)
     assert str(caught.value) == (
@@ -81,7 +82,7 @@ def test_threads_that_save_to_one_place_do_not_disturb_each_other(tmp_path):
 def test_an_average_that_mixed_our_buffers_is_refused():
     model = nmgraph.convert(mlp(), method="srste")
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
-    average.module[0].nm_recipe[3] += 1
+    nm(average.module[0]).recipe[3] += 1
     with pytest.raises(UnfinishedError) as caught:
         nmgraph.finalize(average)
     assert str(caught.value) == (

@@ -77,8 +77,12 @@ def _weight(
 ) -> Array:  # fmt: skip
     n, m = map(int, pattern.split(":"))
     (kind, kept), (_, packed) = stored[values], stored[positions]
-    outer = [shape[0]] if axis == "flat" else [size for place, size in enumerate(shape) if place != axis]
-    channels = math.prod(shape[1:]) if axis == "flat" else shape[int(axis)]
+    if axis == "flat":
+        outer, channels = [shape[0]], math.prod(shape[1:])
+    elif axis in (-1, -2):  # a stack of matrices, the second kind stored transposed
+        outer, channels = [shape[-3 - int(axis)], *shape[:-2]], shape[int(axis)]
+    else:
+        outer, channels = [size for place, size in enumerate(shape) if place != axis], shape[int(axis)]
     bits = (m - 1).bit_length()
     # What the header claims is held to the tensors, before anything is made of it.
     if not (1 <= n < m <= 32 and kind == dtype and channels % m == 0 and kept.size):
@@ -95,4 +99,7 @@ def _weight(
     np.put_along_axis(dense, places.astype(np.intp), kept, -1)
     if axis == "flat":
         return dense.reshape(shape)
+    if axis in (-1, -2):
+        stacked = np.moveaxis(dense.reshape(*outer, channels), 0, -2)
+        return np.ascontiguousarray(stacked if axis == -1 else stacked.swapaxes(-1, -2))
     return np.ascontiguousarray(np.moveaxis(dense.reshape(*outer, channels), -1, int(axis)))

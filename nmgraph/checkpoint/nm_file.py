@@ -32,11 +32,11 @@ from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import FileError
 from nmgraph.files import written_atomically
-from nmgraph.layers.masked import PREFIX, masked_layers, unmask
+from nmgraph.layers.masked import PREFIX, masked_modules, masked_weights, unmask
 from nmgraph.layers.recipe import Recipe
 from nmgraph.passes.manifest import Manifest, find_manifest, write_manifest
 from nmgraph.passes.rewrite import rewrite
-from nmgraph.passes.structure import copy_structure, duplicate
+from nmgraph.passes.structure import copy_structure, duplicate, owner_of
 
 FORMAT = "nmgraph"
 VERSION = 1
@@ -58,8 +58,8 @@ def write_nm_file(model: nn.Module, path: Path, factory: str | None = None) -> N
     Raises:
         FileError: if the model is no converted one, is a graph, or holds what cannot be pickled.
     """
-    layers, manifest = masked_layers(model), find_manifest(model)
-    if not layers or manifest is None:
+    weights, manifest = masked_weights(model), find_manifest(model)
+    if not weights or manifest is None:
         raise FileError(f"{type(model).__name__} is not a converted model; save it with torch.save.")
     if isinstance(model, fx.GraphModule) and not str(factory).endswith(".pt2"):
         raise FileError(
@@ -71,7 +71,7 @@ def write_nm_file(model: nn.Module, path: Path, factory: str | None = None) -> N
         "version": VERSION,
         "factory": factory,
         "module": None if factory else _pickled_skeleton(model),
-        "recipes": {name: layer.nm_told.to_dict() for name, layer in layers.items()},
+        "recipes": {name: weight.told.to_dict() for name, weight in weights.items()},
         "manifest": manifest.to_json(),
         "state": model.state_dict(),
     }
@@ -115,22 +115,20 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
         if not isinstance(model, nn.Module):
             raise FileError(f"{name} is damaged: it holds a {type(model).__name__} in place of a module.")
         _give_tensors(model, state)
-    if masked_layers(model):
+    if masked_weights(model):
         raise FileError(
             f"{name} can't be loaded into this {type(model).__name__}, which is converted already. Give the dense model."
         )
     require_same_shapes(model, shapes, name)
-    missing = [
-        site for site in recipes if not isinstance(getattr(model.get_submodule(site), "weight", None), nn.Parameter)
-    ]
+    missing = [site for site in recipes if not isinstance(getattr(*owner_of(model, site), None), nn.Parameter)]
     if missing:
         raise FileError(f"{name} is damaged: {', '.join(missing[:4])} holds no weight to make sparse.")
     rewrite(model, recipes)
     try:
         load_weights(model, state, name)
     except (FileError, ValueError, TypeError, AttributeError) as error:
-        for layer in masked_layers(model).values():
-            unmask(layer)
+        for module in list(masked_modules(model)):
+            unmask(module)
         raise FileError(str(error) if isinstance(error, FileError) else f"{name} is damaged: {error}.") from error
     write_manifest(model, manifest)
     return model
@@ -156,8 +154,8 @@ def _pickled_skeleton(model: nn.Module) -> Tensor:
         return nn.Parameter(stand_in, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
 
     skeleton = copy_structure(model, empty)
-    for layer in masked_layers(skeleton).values():
-        unmask(layer)
+    for module in list(masked_modules(skeleton)):
+        unmask(module)
     buffer = io.BytesIO()
     try:
         torch.save(skeleton, buffer)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from nmgraph.checkpoint.factory import load_weights, require_same_shapes
 from nmgraph.errors import FileError, PatternError
-from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.masked import masked_weights
 from nmgraph.nm.grouping import is_axis
 from nmgraph.nm.pattern import Pattern
-from nmgraph.passes.compression import SCHEMA_KEY, CompressedWeight, Schema, weight_of
+from nmgraph.passes.compression import SCHEMA_KEY, CompressedWeight, Schema
 from nmgraph.passes.manifest import MANIFEST_KEY, Manifest, write_manifest
+from nmgraph.passes.structure import parameter_of
 from nmgraph.passes.verification import Verification, WeightCheck, verify_tensors
 
 
@@ -99,7 +100,7 @@ def load_compressed(path: Path, model: nn.Module | None) -> nn.Module:
             f"{path} holds weights without their model. Give the dense model, whose tensors are replaced: "
             "nmgraph.load(path, model=model), or --model package.module:function."
         )
-    if masked_layers(model):
+    if masked_weights(model):
         raise FileError(
             f"{path} can't be loaded into this {type(model).__name__}, which is converted already. Give the dense model."
         )
@@ -148,7 +149,7 @@ def _require_consistent(opened: Any, schema: Schema, manifest: Manifest | None) 
         if not isinstance(kept, str) or kept not in named or name in named:
             raise ValueError(f"it says that {name!r} is the same as {kept!r}, which can't be")
     patterns, axes = manifest.patterns, manifest.axes
-    sites = {weight_of(site): site for site in patterns}
+    sites = {parameter_of(site, named | schema.shared.keys()): site for site in patterns}
     for name in sites:
         if name not in named and name not in schema.shared:
             raise ValueError(f"it has no tensor {name}, which its manifest says was converted")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nmgraph.errors import ExportError, first_line
-from nmgraph.layers.masked import LAYERS
+from nmgraph.layers.kinds import is_layer
 from nmgraph.passes.manifest import Manifest
 from nmgraph.passes.structure import copy_structure, share_parameters
 
@@ -154,7 +154,7 @@ def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]
     if isinstance(config, Mapping) and config.get("input_size"):
         yield Inputs((make_up((1, *config["input_size"]), "float32"),), {}, "the model's default_cfg")
     yield from _hugging_face(model)
-    first = next((m for m in model.modules() if isinstance(m, LAYERS)), None)
+    first = next((m for m in model.modules() if is_layer(m)), None)
     if isinstance(first, nn.Linear):
         yield Inputs((make_up((1, first.in_features), "float32"),), {}, "guessed from the first layer")
     elif isinstance(first, nn.Conv2d):

@@ -21,6 +21,7 @@ from torch import nn
 from nmgraph.errors import ExportError, first_line
 from nmgraph.export.inputs import Inputs
 from nmgraph.passes.manifest import MANIFEST_KEY, Manifest
+from nmgraph.passes.structure import parameter_of
 
 SITES_KEY = "nmgraph.sites"  # {initializer: [site, ...]}
 INLINE_LIMIT = 1 << 30  # bytes; a protobuf file ends at 2 GiB
@@ -77,13 +78,16 @@ def name_sites(initializers: Mapping[str, np.ndarray], model: nn.Module, sites: 
     """Tell which initializer holds which sites' weights: by name where the exporter kept it, else by content.
 
     Constant folding renames a weight when it transposes it, so the content is compared straight and transposed. Of
-    equal weights each site gets an initializer of its own as far as there are enough: an exporter may merge them.
+    equal weights each site gets an initializer of its own as far as there are enough: an exporter may merge them. A site
+    may have several, each a part of its weight.
     """
-    named = {name: [site] for site in sites if (name := f"{site}.weight") in initializers}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {site: parameter_of(site, parameters) for site in sites}
+    named = {name: [site] for site, name in names.items() if name in initializers}
     waiting: dict[Hashable, list[str]] = defaultdict(list)
     for site in sites:
-        if f"{site}.weight" not in named:
-            weight = model.get_submodule(site).get_parameter("weight").detach().float().numpy()
+        if names[site] not in named:
+            weight = parameters[names[site]].detach().float().numpy()
             waiting[_content(weight)].append(site)
     for name, values in initializers.items():
         if name not in named:
@@ -94,7 +98,25 @@ def name_sites(initializers: Mapping[str, np.ndarray], model: nn.Module, sites: 
         holder = next((n for n, v in initializers.items() if merged and content in _contents(v)), None)
         if holder is not None:
             named[holder] += merged
+    found = {site for owners in named.values() for site in owners}
+    for site in sites:
+        if site not in found:
+            weight = parameters[names[site]].detach().float().numpy()
+            parts = [n for n, v in initializers.items() if n not in named and _is_part(v, weight)]
+            named |= {name: [site] for name in parts}
     return named
+
+
+def _is_part(values: np.ndarray, weight: np.ndarray) -> bool:
+    """Tell whether a matrix is some rows of a weight, or one of a stack: constant folding splits these."""
+    rows = weight.reshape(-1, weight.shape[-1])
+    for part in (values, values.T) if values.ndim == 2 else ():
+        if 0 < len(part) < len(rows) and part.shape[1] == rows.shape[1]:
+            part = part.astype(np.float32)
+            begins = np.flatnonzero((rows == part[0]).all(1))
+            if any(np.array_equal(rows[i : i + len(part)], part) for i in begins):
+                return True
+    return False
 
 
 def _contents(values: np.ndarray) -> tuple[Hashable, ...]:

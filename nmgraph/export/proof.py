@@ -1,8 +1,8 @@
 """Prove N:M on the ONNX file itself, on the axis that each node multiplies along.
 
 The reduction axis in a file is not the one in PyTorch: a Linear becomes ``Gemm(transB=1)`` with the weight as it
-was, or a ``MatMul`` with the weight transposed by constant folding. So each Conv, Gemm and MatMul is asked for its
-axis, and the axis is followed back through what only moves or converts values. Anything else between an initializer
+was, or a ``MatMul`` with the weight transposed by constant folding. So each Conv, ConvTranspose, Gemm and MatMul is asked for its
+axis, and the axis is followed back through what only moves, selects or converts values. Anything else between an initializer
 and its product - a Mul, a Where, a TopK - is a mask that was not folded, and fails the proof.
 """
 
@@ -26,6 +26,8 @@ from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.verification import DEFAULT, Verification, WeightCheck, check_weight
 
 _PASSES_VALUES = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear"}
+_CONVOLUTIONS = {"Conv": 1, "ConvTranspose": 0}
+"""The axis of the weight that is summed over."""
 _MOVED_ZERO = "DequantizeLinear with a zero point"
 _MASKING = {"Mul", "Where", "TopK", "ScatterElements", "ScatterND", _MOVED_ZERO}
 """Operators that make a mask, or undo one. Others may well compute a constant that is no weight of a layer."""
@@ -37,7 +39,7 @@ class Product:
 
     Attributes:
         node: its name.
-        operator: Conv, Gemm or MatMul.
+        operator: Conv, ConvTranspose, Gemm or MatMul.
         initializer: which holds the weight.
         sites: whose weight that is; none if the layer was left dense.
     """
@@ -109,7 +111,8 @@ def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = 
         for site in sites.get(operand.initializer, [""]):
             found.add(site)
             wanted = pattern or patterns.get(site) or DEFAULT
-            fits = wanted.divides(weight.shape[operand.axis]) and operand.groups == 1
+            channels = weight.shape[operand.axis] // (operand.groups if operand.node.op_type == "ConvTranspose" else 1)
+            fits = wanted.divides(channels) and operand.groups == 1
             # Along the kernel as the site was trained; the Conv node itself sums over it all the same.
             axis: Axis = FLAT if axes.get(site) == FLAT and operand.node.op_type == "Conv" else operand.axis
             checks.append(
@@ -120,9 +123,11 @@ def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = 
             )  # fmt: skip
     lost = [name for name in patterns if name not in found]
     if lost:
-        problems.append(f"no Conv, Gemm or MatMul uses the weight of {', '.join(lost[:4])}{' ...' if lost[4:] else ''}")
+        problems.append(
+            f"no convolution, Gemm or MatMul uses the weight of {', '.join(lost[:4])}{' ...' if lost[4:] else ''}"
+        )
     if not checks:
-        problems.append("no Conv, Gemm or MatMul with a constant weight found")
+        problems.append("no convolution, Gemm or MatMul with a constant weight found")
     return Verification(subject, tuple(checks), tuple(problems))
 
 
@@ -165,8 +170,8 @@ def _operands(graph: onnx.GraphProto) -> Iterator[_Weight | _Computed]:
 def _products(node: onnx.NodeProto) -> list[tuple[str, int]]:
     """List the operands of a product that may be weights, with the axis that is summed over; negative from the end."""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    if node.op_type == "Conv":
-        return [(node.input[1], 1)]
+    if node.op_type in _CONVOLUTIONS:
+        return [(node.input[1], _CONVOLUTIONS[node.op_type])]
     if node.op_type == "Gemm":
         return [
             (node.input[0], 0 if attributes.get("transA") else 1),
@@ -181,26 +186,81 @@ def _follow(
     node: onnx.NodeProto, name: str, axis: int,
     initializers: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto],
 ) -> _Weight | _Computed | None:  # fmt: skip
-    transposes: list[list[int] | None] = []
+    steps: list[_Step] = []
     while name not in initializers:
         producer = producers.get(name)
         if producer is None:
             return None  # an input of the graph
         if producer.op_type == "Constant":
             break
-        if producer.op_type == "Transpose":
-            transposes.append(next((list(a.ints) for a in producer.attribute if a.name == "perm"), None))
-        elif producer.op_type not in _PASSES_VALUES or _moves_zero(producer, initializers):
+        step = _step(producer, initializers, producers)
+        if step is None:
             sources = _sources(name, initializers, producers)
             operator = _MOVED_ZERO if producer.op_type == "DequantizeLinear" else producer.op_type
             return None if sources is None else _Computed(node, operator, sources)
+        steps.append(step)
         name = producer.input[0]
-    values = numpy_helper.to_array(initializers[name] if name in initializers else producers[name].attribute[0].t)
-    axis %= max(values.ndim, 1)
-    for perm in transposes:
-        axis = perm[axis] if perm else values.ndim - 1 - axis
-    groups = next((a.i for a in node.attribute if a.name == "group"), 1) if node.op_type == "Conv" else 1
+    values = _values(name, initializers, producers)
+    if values is None:
+        return None  # no tensor
+    axis %= max(values.ndim - sum(step.selects is not None for step in steps), 1)
+    dims = values.ndim - sum(step.selects is not None for step in steps)
+    for step in steps:
+        if step.turns is not None:
+            axis = step.turns[axis] if step.turns else dims - 1 - axis
+        if step.selects is not None:
+            dims += 1
+            axis += axis >= step.selects % dims
+        if any(cut % dims == axis for cut in step.cuts):
+            return _Computed(node, step.operator, frozenset({name} & initializers.keys()))
+    groups = next((a.i for a in node.attribute if a.name == "group"), 1) if node.op_type in _CONVOLUTIONS else 1
     return _Weight(node, name, values, axis, groups)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What stands between an initializer and its product, and leaves the values as they are.
+
+    Attributes:
+        operator: of the node.
+        turns: the permutation of a Transpose, empty if it reverses all axes.
+        selects: the axis that selecting one matrix of a stack takes away.
+        cuts: the axes of which a part is taken.
+    """
+
+    operator: str
+    turns: list[int] | None = None
+    selects: int | None = None
+    cuts: tuple[int, ...] = ()
+
+
+def _step(
+    node: onnx.NodeProto, initializers: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto]
+) -> _Step | None:
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type in _PASSES_VALUES and not _moves_zero(node, initializers):
+        return _Step(node.op_type)
+    if node.op_type == "Transpose":
+        return _Step(node.op_type, turns=list(attributes.get("perm", [])))
+    if node.op_type == "Split":
+        return _Step(node.op_type, cuts=(attributes.get("axis", 0),))
+    if node.op_type == "Slice" and len(node.input) > 3:
+        axes = _values(node.input[3], initializers, producers)
+        return None if axes is None else _Step(node.op_type, cuts=tuple(axes.reshape(-1).tolist()))
+    if node.op_type == "Gather":
+        index = _values(node.input[1], initializers, producers)
+        return _Step(node.op_type, selects=attributes.get("axis", 0)) if index is not None and not index.ndim else None
+    return None
+
+
+def _values(
+    name: str, initializers: dict[str, onnx.TensorProto], producers: dict[str, onnx.NodeProto]
+) -> np.ndarray | None:
+    if name in initializers:
+        return numpy_helper.to_array(initializers[name])
+    constant = producers.get(name)
+    tensors = [a.t for a in constant.attribute if a.name == "value"] if constant is not None else []
+    return numpy_helper.to_array(tensors[0]) if tensors and constant and constant.op_type == "Constant" else None
 
 
 def _moves_zero(node: onnx.NodeProto, initializers: dict[str, onnx.TensorProto]) -> bool:

@@ -21,7 +21,7 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from nmgraph.errors import ConversionError
 from nmgraph.export.inputs import Inputs
-from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.masked import masked_weights
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
@@ -97,7 +97,7 @@ def accelerate_linears(model: nn.Module, inputs: Inputs) -> Acceleration:
         ConversionError: if the model is not finalized.
         ExportError: if it does not take the inputs.
     """
-    sparse = masked_layers(model)
+    sparse = masked_weights(model)
     if sparse:
         raise ConversionError(
             f"{next(iter(sparse))} is still being trained. Finalize the model first: nmgraph.finalize(model)."

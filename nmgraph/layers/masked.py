@@ -1,37 +1,40 @@
-"""Layers that multiply by a masked weight.
+"""Modules that multiply by masked weights.
 
-A layer is made sparse in place, by giving it a subclass of its own class in which ``weight`` is a property: whoever
-reads it - the layer's forward, an attention that takes ``out_proj.weight`` for itself, ``F.linear(x, fc.weight)`` -
-gets the masked weight, differentiable. The raw parameter stays in ``_parameters["weight"]``, so that the
-optimizer and ``state_dict`` see it under its old key. Everything else about the layer, its identity included,
-stays as it was. (``torch.nn.utils.parametrize`` changes classes in the same way.)
+A module is made sparse in place, by giving it a subclass of its own class in which a parameter - a layer's ``weight``,
+an attention's ``in_proj_weight`` - is a property: whoever reads it - the layer's forward, an attention that takes
+``out_proj.weight`` for itself, ``F.linear(x, fc.weight)`` - gets the masked weight, differentiable. The raw parameter
+stays in ``_parameters``, so that the optimizer and ``state_dict`` see it under its old key. Everything else about the
+module, its identity included, stays as it was. (``torch.nn.utils.parametrize`` changes classes in the same way.)
 
-What a method remembers, where training stands and what the layer was told to be are buffers named ``nm_*``: they
-travel in ``state_dict``, move with ``.to()`` and are copied by ``deepcopy``.
+What a method remembers, where training stands and what the weight was told to be are buffers named ``nm_*``: they
+travel in ``state_dict``, move with ``.to()`` and are copied by ``deepcopy``. :class:`MaskedWeight` is the handle to
+one parameter and its buffers.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nmgraph.layers.input_gradient import split_forward
+from nmgraph.layers.kinds import is_layer
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods.contract import Operand
 from nmgraph.nm.grouping import canonical, restore
 
 PREFIX = "nm_"
-LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers that can be masked, with the input channels of a group at axis 1 of the weight."""
 
-_CLASSES: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}  # one class for all layers of a kind
+_CLASSES: dict[
+    tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]
+] = {}  # one class for all modules of a kind
 
 
 class Training:
-    """What the layers of one conversion share about their training. A copy of a model starts anew."""
+    """What the sites of one conversion share about their training. A copy of a model starts anew."""
 
     def __init__(self) -> None:
         self.attached: dict[str, object] = {}  # the controller of each site
@@ -45,88 +48,124 @@ class Training:
         return Training, ()
 
 
-class Masked(nn.Module):
-    """Mixin in front of a layer's own class; made by :func:`sparsify`, undone by :func:`unmask`."""
+class Note:
+    """What a module knows of one of its masked parameters, besides tensors.
 
-    nm_base: ClassVar[type[nn.Module]]
+    Attributes:
+        site: its name, for messages.
+        told: what it shall be.
+        training: shared by all sites of a model.
+        at_gradient: a fingerprint of the weight when a gradient last came back.
+        leader: where the parameter is masked, if another module shares it and this one only reads it.
+    """
 
-    nm_site: str
-    nm_told: Recipe
-    nm_training: Training
-    nm_at_gradient: float | None
-    nm_clock: Tensor
-    nm_recipe: Tensor
+    def __init__(self, site: str, told: Recipe, training: Training, leader: tuple[Masked, str] | None = None) -> None:
+        self.site, self.told, self.training, self.leader = site, told, training, leader
+        self.at_gradient: float | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Note, (self.site, self.told, self.training, self.leader)
+
+
+class MaskedWeight:
+    """One masked parameter of a module: a handle, which holds nothing itself.
+
+    Args:
+        layer: the module that owns the parameter.
+        key: its name there.
+    """
+
+    __slots__ = ("key", "layer")
+
+    def __init__(self, layer: Masked, key: str = "weight") -> None:
+        self.layer, self.key = layer, key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MaskedWeight) and other.layer is self.layer and other.key == self.key
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
-    def weight(self) -> Tensor:
-        """The weight this layer multiplies by: masked, in the shape and dtype of the raw parameter."""
-        try:
-            return self.nm_operand().forward
-        except AttributeError as error:
-            # nn.Module would answer an AttributeError with the raw, dense parameter.
-            raise RuntimeError(f"{self.nm_site}: the masked weight could not be computed: {error}") from error
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        # nn.Module takes Parameters before they come here; DataParallel gives its replicas plain tensors.
-        self._parameters["weight"] = value  # type: ignore[assignment]
+    def site(self) -> str:
+        """Its name in messages."""
+        return self.layer.nm_notes[self.key].site
 
     @property
-    def nm_raw(self) -> nn.Parameter:
+    def told(self) -> Recipe:
+        """What it shall be."""
+        return self.layer.nm_notes[self.key].told
+
+    @property
+    def training(self) -> Training:
+        """What all sites of the model share."""
+        return self.layer.nm_notes[self.key].training
+
+    @property
+    def raw(self) -> nn.Parameter:
         """The dense parameter that the optimizer trains."""
-        raw = self._parameters.get("weight")
+        raw = self.layer._parameters.get(self.key)
         if raw is None:
             raise RuntimeError(
-                f"{self.nm_site}: its weight was taken away after conversion, by a parametrization such as weight_norm. "
+                f"{self.site}: its weight was taken away after conversion, by a parametrization such as weight_norm. "
                 "Finalize the model first, or leave the layer dense."
             )
         return raw
 
     @property
-    def nm_state(self) -> Any:
-        """The method's state: a NamedTuple of this layer's buffers."""
-        kind: Any = self.nm_told.method.state_type
-        return kind(**{name: self._buffers[PREFIX + name] for name in kind._fields})
+    def raw_OSC(self) -> Tensor:
+        """The raw parameter as ``w_OSC``."""
+        return canonical(self.raw, self.told.reduction_axis)
 
-    @nm_state.setter
-    def nm_state(self, state: Any) -> None:
+    @property
+    def state(self) -> Any:
+        """The method's state: a NamedTuple of the module's buffers."""
+        kind: Any = self.told.method.state_type
+        return kind(**{name: self._buffer(name) for name in kind._fields})
+
+    @state.setter
+    def state(self, state: Any) -> None:
         for name, value in state._asdict().items():
-            buffer = self._buffers[PREFIX + name]
-            assert buffer is not None
+            buffer = self._buffer(name)
             if buffer is not value:
                 buffer.copy_(value)
 
     @property
-    def nm_raw_OSC(self) -> Tensor:
-        """The raw parameter as ``w_OSC``."""
-        return canonical(self.nm_raw, self.nm_told.reduction_axis)
+    def clock(self) -> Tensor:
+        """int64 ``[2]``: steps done, steps of the whole run."""
+        return self._buffer("clock")
 
-    def nm_operand(self) -> Operand:
-        """Compute what this layer multiplies by, each in the raw parameter's shape and memory format."""
-        told, raw = self.nm_told, self.nm_raw
-        forward, backward = told.method.operand(self.nm_raw_OSC, self.nm_state, told.pattern)
-        forward = self._nm_in_own_shape(forward, raw)
+    @property
+    def recipe(self) -> Tensor:
+        """What it was told to be, as the bytes that travel with the state."""
+        return self._buffer("recipe")
+
+    def operand(self) -> Operand:
+        """Compute what the module multiplies by, each in the raw parameter's shape and memory format."""
+        told, raw = self.told, self.raw
+        forward, backward = told.method.operand(self.raw_OSC, self.state, told.pattern)
+        forward = self._in_own_shape(forward, raw)
         if not torch.compiler.is_compiling():
-            self._nm_watch_training(forward)
-        return Operand(forward, None if backward is None else self._nm_in_own_shape(backward, raw))
+            self._watch_training(forward)
+        return Operand(forward, None if backward is None else self._in_own_shape(backward, raw))
 
-    def nm_mask(self) -> Tensor:
+    def mask(self) -> Tensor:
         """Compute the current forward mask: bool, in the raw parameter's shape; training on does not change it."""
-        told = self.nm_told
-        mask_OSC = told.method.mask(self.nm_raw_OSC.detach(), self.nm_state, told.pattern)
-        return self._nm_in_own_shape(mask_OSC, self.nm_raw).clone()
+        told = self.told
+        mask_OSC = told.method.mask(self.raw_OSC.detach(), self.state, told.pattern)
+        return self._in_own_shape(mask_OSC, self.raw).clone()
 
-    def nm_unfinished(self) -> str | None:
+    def unfinished(self) -> str | None:
         """Say what is missing until the mask is N:M; None when it is."""
-        told = self.nm_told
-        return told.method.unfinished(self.nm_raw_OSC.detach(), self.nm_state, told.pattern)
+        told = self.told
+        return told.method.unfinished(self.raw_OSC.detach(), self.state, told.pattern)
 
-    def extra_repr(self) -> str:
-        """Add pattern and method to what the layer says of itself."""
-        return f"{super().extra_repr()}, {self.nm_told.pattern} {self.nm_told.method.name}"
+    def _buffer(self, name: str) -> Tensor:
+        buffer = self.layer._buffers[_prefix(self.key) + name]
+        assert buffer is not None
+        return buffer
 
-    def _nm_in_own_shape(self, t_OSC: Tensor, raw: Tensor) -> Tensor:
-        out = restore(t_OSC, tuple(raw.shape), self.nm_told.reduction_axis)
+    def _in_own_shape(self, t_OSC: Tensor, raw: Tensor) -> Tensor:
+        out = restore(t_OSC, tuple(raw.shape), self.told.reduction_axis)
         # A mask is sorted along C; without this, a convolution would be handed a channels_last weight, choose other
         # kernels for it, and answer with another memory format than the layer had before. For 1x1 kernels, too,
         # where is_contiguous() is true of both.
@@ -136,32 +175,50 @@ class Masked(nn.Module):
             return out.contiguous(memory_format=torch.channels_last)
         return out
 
-    def _nm_watch_training(self, operand: Tensor) -> None:
+    def _watch_training(self, operand: Tensor) -> None:
         """Warn once if the weight has changed since a gradient came back, and no optimizer runs the method's steps."""
-        shared, method = self.nm_training, self.nm_told.method
-        if not (self.training and operand.requires_grad and method.needs_attach):
+        note = self.layer.nm_notes[self.key]
+        shared, method = note.training, note.told.method
+        if not (self.layer.training and operand.requires_grad and method.needs_attach):
             return
-        if not isinstance(self.nm_raw, nn.Parameter):
+        if not isinstance(self.raw, nn.Parameter):
             return  # called with other weights, through torch.func
-        if shared.warned or self.nm_site in shared.attached:
+        if shared.warned or note.site in shared.attached:
             return
-        if self.nm_at_gradient is None or self.nm_at_gradient == self._nm_fingerprint():
-            operand.register_hook(self._nm_note_gradient)  # type: ignore[no-untyped-call]
+        if note.at_gradient is None or note.at_gradient == self._fingerprint():
+            operand.register_hook(self._note_gradient)  # type: ignore[no-untyped-call]
             return
         shared.warned = True
         warnings.warn(
-            f"{self.nm_site} is trained with the method {method.name}, but no optimizer is attached: "
+            f"{note.site} is trained with the method {method.name}, but no optimizer is attached: "
             f"{method.unattached}. After making the optimizer, add: "
             "nmgraph.attach(model, optimizer, total_steps=...)",
-            stacklevel=4,
+            stacklevel=5,
         )
 
-    def _nm_note_gradient(self, gradient: Tensor) -> None:
-        self.nm_at_gradient = self._nm_fingerprint()
+    def _note_gradient(self, gradient: Tensor) -> None:
+        self.layer.nm_notes[self.key].at_gradient = self._fingerprint()
 
-    def _nm_fingerprint(self) -> float:
+    def _fingerprint(self) -> float:
         # Not the tensor's version: fused optimizers do not count it up.
-        return float(self.nm_raw.detach().flatten()[:256].double().sum())
+        return float(self.raw.detach().flatten()[:256].double().sum())
+
+
+class Masked(nn.Module):
+    """Mixin in front of a module's own class; made by :func:`sparsify`, undone by :func:`unmask`."""
+
+    nm_base: ClassVar[type[nn.Module]]
+    nm_keys: ClassVar[tuple[str, ...]]
+    nm_splits: ClassVar[bool] = False
+
+    nm_notes: dict[str, Note]
+
+    def extra_repr(self) -> str:
+        """Add patterns and method to what the module says of itself."""
+        keys = [key for key, note in self.nm_notes.items() if note.leader is None]
+        tolds = {key: self.nm_notes[key].told for key in keys}
+        own = [f"{'' if k == 'weight' else f'{k}: '}{t.pattern} {t.method.name}" for k, t in tolds.items()]
+        return ", ".join(filter(None, [super().extra_repr(), *own]))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         floats = {
@@ -173,88 +230,154 @@ class Masked(nn.Module):
             after = self._buffers[key]
             if after is not None and after.dtype != before.dtype:
                 self._buffers[key] = before.to(device=after.device)
-        self.nm_at_gradient = None
+        for note in self.nm_notes.values():
+            note.at_gradient = None
         return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        theirs = state_dict.get(f"{prefix}nm_recipe")
-        if theirs is not None and not torch.equal(theirs.cpu(), self.nm_told.to_tensor()):
-            error_msgs.append(
-                f"{self.nm_site} was trained as {Recipe.describe_tensor(theirs)}, but this model is converted as "
-                f"{self.nm_told}. Convert it the same way before loading."
-            )
-            return
+        for key, note in self.nm_notes.items():
+            theirs = state_dict.get(f"{prefix}{_prefix(key)}recipe")
+            if theirs is not None and not torch.equal(theirs.cpu(), note.told.to_tensor()):
+                error_msgs.append(
+                    f"{note.site} was trained as {Recipe.describe_tensor(theirs)}, but this model is converted as "
+                    f"{note.told}. Convert it the same way before loading."
+                )
+                return
+            note.at_gradient = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.nm_at_gradient = None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made on the fly, so a pickle names the layer's own class and makes it again.
-        state = {**self.__dict__, "nm_at_gradient": None}
-        return _rebuild, (self.nm_base, self.nm_told.method.splits_backward), state
+        # The class is made on the fly, so a pickle names the module's own class and makes it again.
+        return _rebuild, (self.nm_base, self.nm_keys, self.nm_splits), self.__dict__.copy()
 
 
 class SplitMasked(Masked):
     """Masked layer whose input gradient uses a weight of its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    nm_splits = True
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Multiply by the masked weight; send the input gradient through the backward one."""
-        operand = self.nm_operand()
+        masked = MaskedWeight(self)
+        operand = masked.operand()
         if operand.backward is None:
-            raise RuntimeError(f"{self.nm_site}: {self.nm_told.method.name} promised a backward weight and gave none.")
-        return split_forward(self, x, operand.forward, operand.backward)  # type: ignore[arg-type]
+            raise RuntimeError(f"{masked.site}: {masked.told.method.name} promised a backward weight and gave none.")
+        return split_forward(self, x, operand.forward, operand.backward, *args, **kwargs)
 
 
-def sparsify(layer: nn.Module, site: str, recipe: Recipe, training: Training) -> None:
-    """Make a layer with a ``weight`` parameter sparse-trainable, in place.
+def sparsify(layer: nn.Module, key: str, site: str, recipe: Recipe, training: Training) -> MaskedWeight:
+    """Make one parameter of a module sparse-trainable, in place.
 
     Args:
-        layer: any Linear, Conv1d/2d/3d or subclass.
+        layer: any module; a layer of a known kind gets a split backward where the method has one.
+        key: name of the parameter in it.
         site: its qualified name, for messages.
         recipe: what it shall be.
-        training: shared by all layers of a model.
+        training: shared by all sites of a model.
     """
-    raw = layer._parameters["weight"]
+    raw = layer._parameters[key]
     assert raw is not None
-    assert not isinstance(layer, Masked)
+    assert not (isinstance(layer, Masked) and key in layer.nm_notes)
     with torch.no_grad():
         # A method may look at values, which a weight on the meta device has not.
         weight = torch.zeros_like(raw, device="cpu") if raw.is_meta else raw
         state = recipe.method.init(canonical(weight, recipe.reduction_axis), recipe.pattern)
     for name, value in state._asdict().items():
-        layer.register_buffer(PREFIX + name, value.to(raw.device))
-    layer.register_buffer("nm_clock", torch.zeros(2, dtype=torch.int64, device=raw.device))  # steps done, total
-    layer.register_buffer("nm_recipe", recipe.to_tensor().to(raw.device))
-    layer.nm_site, layer.nm_told, layer.nm_training, layer.nm_at_gradient = site, recipe, training, None  # type: ignore[assignment]
-    layer.__class__ = _masked_class(type(layer), recipe.method.splits_backward)
+        layer.register_buffer(_prefix(key) + name, value.to(raw.device))
+    clock = torch.zeros(2, dtype=torch.int64, device=raw.device)  # steps done, total
+    layer.register_buffer(f"{_prefix(key)}clock", clock)
+    layer.register_buffer(f"{_prefix(key)}recipe", recipe.to_tensor().to(raw.device))
+    splits = recipe.method.splits_backward and key == "weight" and is_layer(layer)
+    return MaskedWeight(_take_note(layer, key, Note(site, recipe, training), splits), key)
+
+
+def follow(layer: nn.Module, key: str, leader: MaskedWeight) -> None:
+    """Let a module that shares a masked parameter read it masked, too, in place."""
+    note = Note(leader.site, leader.told, leader.training, (leader.layer, leader.key))
+    _take_note(layer, key, note, splits=False)
 
 
 def unmask(layer: Masked) -> None:
-    """Give a layer its own class back, in place; its parameter stays dense."""
+    """Give a module its own class back, in place; its parameters stay dense."""
     for name in [name for name in layer._buffers if name.startswith(PREFIX)]:
         delattr(layer, name)
     layer.__class__ = layer.nm_base  # type: ignore[assignment]
-    for name in ("nm_site", "nm_told", "nm_training", "nm_at_gradient"):
-        delattr(layer, name)
+    del layer.nm_notes
 
 
-def masked_layers(model: nn.Module) -> dict[str, Masked]:
-    """Find all masked layers by qualified name, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Masked)}
+def masked_modules(model: nn.Module) -> Iterator[Masked]:
+    """Find all modules that were changed, each once."""
+    return (module for module in model.modules() if isinstance(module, Masked))
 
 
-def _masked_class(base: type[nn.Module], splits_backward: bool) -> type[nn.Module]:
-    key = (base, splits_backward)
-    if key not in _CLASSES:
-        mixin: type[nn.Module] = SplitMasked if splits_backward else Masked
+def masked_weights(model: nn.Module) -> dict[str, MaskedWeight]:
+    """Find all masked weights by the names of their sites as seen from here, each once."""
+    return {
+        site_name(path, key): MaskedWeight(module, key)
+        for path, module in model.named_modules()
+        if isinstance(module, Masked)
+        for key, note in module.nm_notes.items()
+        if note.leader is None
+    }
+
+
+def site_name(path: str, key: str) -> str:
+    """Name a site: by its parameter, with a final ``.weight`` left away.
+
+    >>> site_name("encoder.attn", "in_proj_weight"), site_name("head", "weight"), site_name("", "weight")
+    ('encoder.attn.in_proj_weight', 'head', '')
+    """
+    return path if key == "weight" else f"{path}.{key}".lstrip(".")
+
+
+def _take_note(layer: nn.Module, key: str, note: Note, splits: bool) -> Masked:
+    if not isinstance(layer, Masked):
+        layer.nm_notes = {}  # type: ignore[assignment]
+        layer.__class__ = _masked_class(type(layer), (key,), splits)
+    elif key not in layer.nm_keys:
+        layer.__class__ = _masked_class(layer.nm_base, (*layer.nm_keys, key), layer.nm_splits or splits)  # type: ignore[assignment]
+    masked: Any = layer
+    masked.nm_notes[key] = note
+    return masked  # type: ignore[no-any-return]
+
+
+def _prefix(key: str) -> str:
+    return PREFIX if key == "weight" else f"{PREFIX}{key}_"
+
+
+def _masked_class(base: type[nn.Module], keys: tuple[str, ...], splits: bool) -> type[nn.Module]:
+    kind = (base, keys, splits)
+    if kind not in _CLASSES:
+        mixin: type[nn.Module] = SplitMasked if splits else Masked
         # The base's own __module__: tracers take torch.nn's layers as leaves by it, and must go on doing so.
-        names = {"nm_base": base, "__module__": base.__module__}
-        _CLASSES.setdefault(key, type(f"NM{base.__name__}", (mixin, base), names))
-    return _CLASSES[key]
+        names = {"nm_base": base, "nm_keys": keys, "__module__": base.__module__}
+        properties = {key: _masked_property(key) for key in keys}
+        made: Any = type(f"NM{base.__name__}", (mixin, base), names | properties)
+        _CLASSES.setdefault(kind, made)
+    return _CLASSES[kind]
+
+
+def _masked_property(key: str) -> property:
+    """Make the property that stands in front of a parameter: masked, in the shape and dtype of the raw one."""
+
+    def read(self: Masked) -> Tensor:
+        note = self.nm_notes[key]
+        try:
+            return MaskedWeight(*(note.leader or (self, key))).operand().forward
+        except AttributeError as error:
+            # nn.Module would answer an AttributeError with the raw, dense parameter.
+            raise RuntimeError(f"{note.site}: the masked weight could not be computed: {error}") from error
+
+    def write(self: Masked, value: Tensor) -> None:
+        # nn.Module takes Parameters before they come here; DataParallel gives its replicas plain tensors.
+        self._parameters[key] = value  # type: ignore[assignment]
+
+    return property(read, write)
 
 
 def _has_plain_strides(t: Tensor) -> bool:
@@ -266,6 +389,6 @@ def _has_plain_strides(t: Tensor) -> bool:
     return True
 
 
-def _rebuild(base: type[nn.Module], splits_backward: bool) -> nn.Module:
-    cls = _masked_class(base, splits_backward)
+def _rebuild(base: type[nn.Module], keys: tuple[str, ...], splits: bool) -> nn.Module:
+    cls = _masked_class(base, keys, splits)
     return cls.__new__(cls)

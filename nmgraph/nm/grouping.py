@@ -3,7 +3,9 @@
 Linear ``[O, C]`` and convolutions ``[O, C, *kernel]`` have their reduction axis at 1; transposed layouts
 (Hugging Face's ``Conv1D``, ``ConvTranspose``) have it at 0. Read as ``w_OSC`` - output channel, kernel position,
 reduction axis last - a block is M neighbours on the last axis and never crosses a row, a filter or a kernel
-position. With groups, C counts the input channels of one group, so that no block crosses a group either.
+position. With groups, C counts the input channels of one group, so that no block crosses a group either. A stack
+of matrices, such as the experts of a mixture ``[E, O, C]``, has its reduction axis at -1, or at -2 where it is stored
+transposed; the place in the stack then stands where a convolution has its kernel position.
 
 :data:`FLAT` is another reading of a convolution, ``[O, 1, C * kernel]`` in memory order: blocks run along the kernel
 window and then spill over input channels. Published results of SR-STE and Bi-Mask were made with it; no sparse
@@ -24,10 +26,10 @@ FLAT: Final = "flat"
 def is_axis(value: object) -> bool:
     """Tell whether a value read from a file is an :data:`Axis` of a weight; ``True`` is not 1 here.
 
-    >>> is_axis(0), is_axis("flat"), is_axis(True), is_axis(2)
-    (True, True, False, False)
+    >>> is_axis(0), is_axis(-1), is_axis("flat"), is_axis(True), is_axis(2)
+    (True, True, True, False, False)
     """
-    return value == FLAT or (type(value) is int and value in (0, 1))
+    return value == FLAT or (type(value) is int and value in (0, 1, -1, -2))
 
 
 def canonical(weight: Tensor, axis: Axis = 1) -> Tensor:
@@ -38,9 +40,13 @@ def canonical(weight: Tensor, axis: Axis = 1) -> Tensor:
     (torch.Size([8, 9, 4]), torch.Size([8, 1, 4]))
     >>> canonical(torch.zeros(8, 4, 3, 3), FLAT).shape
     torch.Size([8, 1, 36])
+    >>> canonical(torch.zeros(3, 8, 4), -1).shape, canonical(torch.zeros(3, 4, 8), -2).shape
+    (torch.Size([8, 3, 4]), torch.Size([8, 3, 4]))
     """
     if axis == FLAT:
         return weight.flatten(1).unsqueeze(1)
+    if axis < 0:
+        return (weight if axis == -1 else weight.mT).flatten(0, -3).movedim(-2, 0)
     moved = weight.movedim(axis, -1)
     return moved.unsqueeze(1) if moved.dim() == 2 else moved.flatten(1, -2)
 
@@ -53,6 +59,8 @@ def canonical_shape(shape: tuple[int, ...], axis: Axis = 1) -> tuple[int, int, i
     """
     if axis == FLAT:
         return shape[0], 1, math.prod(shape[1:])
+    if axis < 0:
+        return shape[-3 - axis], math.prod(shape[:-2]), shape[axis]
     outputs, *kernel = (size for place, size in enumerate(shape) if place != axis)
     return outputs, math.prod(kernel), shape[axis]
 
@@ -61,6 +69,9 @@ def restore(t_OSC: Tensor, shape: tuple[int, ...], axis: Axis = 1) -> Tensor:
     """Undo :func:`canonical`: give the values back in the weight's own ``shape``."""
     if axis == FLAT:
         return t_OSC.reshape(shape)
+    if axis < 0:
+        stacked = t_OSC.movedim(0, -2)
+        return (stacked if axis == -1 else stacked.mT).reshape(shape)
     moved = [size for place, size in enumerate(shape) if place != axis] + [shape[axis]]
     return t_OSC.reshape(moved).movedim(-1, axis)
 

@@ -7,7 +7,8 @@ The tensors and the schema header of a compressed file, whatever container they 
     weights   {name: {pattern, shape, dtype, axis, values, positions}}
     shared    {name: the name under which the same tensor is stored}
 
-``shape`` is the dense weight's, ``dtype`` one of F16, BF16, F32 and F64, ``axis`` the reduction axis or "flat".
+``shape`` is the dense weight's, ``dtype`` one of F16, BF16, F32 and F64, ``axis`` the reduction axis, counted from the
+end for a stack of matrices, or "flat".
 ``values`` and ``positions`` name two tensors: ``[O, S, G, N]`` of that dtype, and a stream of bits in uint8, as
 :mod:`nmgraph.nm.packing` lays them out for the weight read as ``w_OSC``. All other tensors are stored as they are.
 """
@@ -28,6 +29,7 @@ from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.packing import compress, decompress, packed_bytes
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.manifest import Manifest
+from nmgraph.passes.structure import parameter_of
 
 SCHEMA_KEY = "nmgraph.compressed"  # in the metadata of files
 FORMAT = "nm-compressed"
@@ -65,6 +67,8 @@ class CompressedWeight:
             raise ValueError(f"{list(self.shape)[:8]} is no weight's shape")
         if not is_axis(self.axis):
             raise ValueError(f"there is no reduction axis {self.axis!r}")
+        if self.axis in (-1, -2) and len(self.shape) < 3:
+            raise ValueError(f"{list(self.shape)} is no stack of matrices")
         if self.dtype not in DTYPES:
             raise ValueError(f"there is no weight of dtype {self.dtype!r}")
         if not (isinstance(self.values, str) and isinstance(self.positions, str)):
@@ -186,7 +190,7 @@ def compress_state(state: Mapping[str, Any], manifest: Manifest) -> tuple[dict[s
     Raises:
         ExportError: if the state holds something else than tensors.
     """
-    entries = {weight_of(entry.name): entry for entry in manifest.converted}
+    entries = {parameter_of(entry.name, state): entry for entry in manifest.converted}
     stored, shared = _each_once(state, entries)
     weights, tensors, dense_bytes = {}, {}, 0
     for name, tensor in stored.items():
@@ -202,11 +206,6 @@ def compress_state(state: Mapping[str, Any], manifest: Manifest) -> tuple[dict[s
         len(weights), dense_bytes, sum(tensors[n].nbytes for w in weights.values() for n in (w.values, w.positions))
     )
     return _apart(tensors), Schema(weights, shared), sizes
-
-
-def weight_of(site: str) -> str:
-    """Name the weight of a site in a ``state_dict``."""
-    return f"{site}.weight" if site else "weight"
 
 
 def _compressed(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,21 +14,18 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from nmgraph.layers.masked import LAYERS, Masked
+from nmgraph.layers.kinds import is_layer, is_transposed_convolution, layer_axis, layer_base
+from nmgraph.layers.masked import Masked, site_name
 from nmgraph.layers.recipe import Recipe
 from nmgraph.nm.grouping import FLAT, Axis
+from nmgraph.passes.products import Use
 from nmgraph.passes.structure import copy_structure
 from nmgraph.passes.trace import Uses
 
-_OTHER_WEIGHTS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
-    (nn.ConvTranspose1d, ("weight",)),
-    (nn.ConvTranspose2d, ("weight",)),
-    (nn.ConvTranspose3d, ("weight",)),
-    (nn.Bilinear, ("weight",)),
-    (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
-    (nn.RNNBase, ("weight_",)),
-    (nn.RNNCellBase, ("weight_",)),
-)
+_ATTENTION_KEYS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_CELL_KEYS = ("weight_ih", "weight_hh")
+_EXPERT_KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.quantizable")
 
 
 @dataclass(frozen=True)
@@ -44,122 +41,290 @@ class Site:
     """One place that holds a prunable weight.
 
     Attributes:
-        name: its qualified name.
-        kind: class of the layer, or the function that multiplies by the parameter.
+        name: its qualified name: that of the parameter, with a final ``.weight`` left away.
+        kind: class of the module, or the function that multiplies by the parameter.
         shape: of the weight.
-        layer: the layer, where there is one that can be converted.
+        module: which holds it, where that is known.
+        key: name of the parameter in the module.
+        axis: its reduction axis.
+        groups: of a transposed convolution, which divide its reduction axis.
         calls: how often one forward calls it, where known.
+        macs: multiply-accumulate operations with it in one forward, where known.
         obstacle: what forbids its conversion whatever the pattern.
+        default: why it is converted only on request.
         read_by: what multiplies by the layer's weight without calling the layer, where known.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    layer: nn.Module | None
-    calls: int | None
-    obstacle: Refusal | None
+    module: nn.Module | None = None
+    key: str = "weight"
+    axis: Axis = 1
+    groups: int = 1
+    calls: int | None = None
+    macs: int | None = None
+    obstacle: Refusal | None = None
+    default: Refusal | None = None
     read_by: str = ""
 
     @property
-    def channels(self) -> int:
-        """Input channels of one group."""
-        return self.shape[1] if len(self.shape) > 1 else 0
+    def parameter(self) -> nn.Parameter | None:
+        """The weight, where it is an ordinary parameter."""
+        return None if self.module is None else self.module._parameters.get(self.key)
 
-    def axis(self, block_axis: str) -> Axis:
-        """Give the reduction axis: ``flat`` is another one only where the kernel is larger than 1."""
-        return FLAT if block_axis == FLAT and math.prod(self.shape[2:]) > 1 else 1
+    @property
+    def is_layer(self) -> bool:
+        """Tell whether it is the weight of a layer of a known kind."""
+        return self.module is not None and self.key == "weight" and is_layer(self.module)
+
+    def axis_for(self, block_axis: str) -> Axis:
+        """Give the reduction axis: ``flat`` is another one only where there is a kernel larger than 1."""
+        has_kernel = self.is_layer and self.axis == 1 and math.prod(self.shape[2:]) > 1
+        return FLAT if block_axis == FLAT and has_kernel else self.axis
 
     def length(self, axis: Axis) -> int:
-        """Give the length of the reduction axis."""
-        return math.prod(self.shape[1:]) if axis == FLAT else self.channels
+        """Give the length of the reduction axis, of one group."""
+        if len(self.shape) < 2:
+            return 0
+        return math.prod(self.shape[1:]) if axis == FLAT else self.shape[axis] // self.groups
 
 
 def find_sites(model: nn.Module, uses: Uses) -> list[Site]:
     """List every linear- or conv-like site once, in the model's order."""
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    sites = [s for name, module in model.named_modules() for s in _sites_of(name, module, owners, uses)]
-    readers = {name.removesuffix(".weight"): function for name, function in uses.functional}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            readers[f"{name}.out_proj".lstrip(".")] = "MultiheadAttention"
-    sites = [replace(s, read_by=readers.get(s.name, "")) for s in sites]
-    taken = {f"{s.name}.weight" for s in sites} | {s.name for s in sites}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, function in dict(uses.functional).items():
-        if name in taken or name not in parameters or _is_layer_weight(model, name):
-            continue
-        refusal = Refusal(
-            f"{function} multiplies by this parameter directly", "hold it in an nn.Linear or nn.Conv layer"
-        )
-        sites.append(Site(name, function, tuple(parameters[name].shape), None, None, refusal))
-    return sites
+    holders = _holders(model)
+    adapters = _adapters(model)
+    products: dict[str, list[Use]] = defaultdict(list)
+    for use in uses.products:
+        products[use.parameter].append(use)
+    sites: dict[str, Site] = {}
+    for path, module in model.named_modules():
+        for site in _sites_of(path, module, holders, products):
+            if site.name not in sites:
+                adapted = _adapter_refusal(path, adapters)
+                obstacle, default = site.obstacle, site.default
+                if adapted is not None and path.startswith(tuple(f"{a}.base_layer" for a in adapters)):
+                    default = adapted
+                elif adapted is not None:
+                    obstacle = obstacle or adapted
+                name = f"{path}.{site.key}".lstrip(".")
+                sites[site.name] = replace(
+                    site, calls=uses.calls.get(path), macs=uses.macs.get(name), obstacle=obstacle, default=default
+                )
+    for name in uses.unfollowed:
+        _add_unknown(name, model, sites)
+    return list(sites.values())
 
 
-def judge(site: Site, recipe: Recipe) -> Refusal | None:
-    """Say why the site cannot be converted by the recipe; None if it can."""
+def judge(site: Site, recipe: Recipe, *, included: bool = False) -> Refusal | None:
+    """Say why the site cannot be converted by the recipe; None if it can.
+
+    Args:
+        site: any.
+        recipe: what it would be.
+        included: asked for, though it is left dense by default.
+    """
     if site.obstacle is not None:
         return site.obstacle
     length, pattern = site.length(recipe.reduction_axis), recipe.pattern
+    if site.default is not None and not (included and pattern.divides(length)):
+        return site.default
     if not pattern.divides(length):
         what = "flat weight" if recipe.reduction_axis == FLAT else "input channel"
         fits = pattern.fitting(length)
         remedy = f"choose {fits[0]} for it" if fits else "no usual pattern fits"
         return Refusal(pattern.misfit(length, "input feature" if len(site.shape) == 2 else what), remedy)
-    if recipe.method.splits_backward and site.layer is not None and _own_forwards(site.layer):
+    if recipe.method.splits_backward and site.is_layer and site.module is not None and _own_forwards(site.module):
         return Refusal(
-            f"{type(site.layer).__name__} has a forward of its own, which takes no backward mask",
+            f"{type(site.module).__name__} has a forward of its own, which takes no backward mask",
             "choose a method without one, such as srste",
         )
     return None
 
 
-def _sites_of(name: str, module: nn.Module, owners: Counter[int], uses: Uses) -> Iterator[Site]:
+def _sites_of(
+    path: str, module: nn.Module, holders: Mapping[int, list[str]], products: Mapping[str, list[Use]]
+) -> Iterator[Site]:
+    """List the sites that a module itself holds: of its kind, then those that a forward multiplies by."""
     kind = type(module).__name__
-    if isinstance(module, LAYERS):
+    if is_layer(module):
         parametrized = parametrize.is_parametrized(module) or module._parameters.get("weight") is None
         weight = None if parametrized else module._parameters["weight"]
-        lazy = weight is not None and torch.nn.parameter.is_lazy(weight)
-        shape = () if weight is None or lazy else tuple(weight.shape)
-        yield Site(name, kind, shape, module, uses.calls.get(name), _obstacle(module, weight, owners))
+        site = Site(path, kind, _shape(weight), module, axis=layer_axis(module))
+        if is_transposed_convolution(module):
+            site = replace(site, groups=int(module.groups))  # type: ignore[arg-type]
+        readers = [use.function for use in products.get(f"{path}.weight".lstrip("."), ())]
+        if path.rpartition(".")[2] == "out_proj" and kind == "NonDynamicallyQuantizableLinear":
+            readers = ["MultiheadAttention"]
+        obstacle = _obstacle(module, weight) or _weight_obstacle(weight) or _own_forward_obstacle(module)
+        yield replace(
+            site, obstacle=obstacle, default=_default(module, weight, holders), read_by=readers[0] if readers else ""
+        )
         return
-    for base, prefixes in _OTHER_WEIGHTS:
-        if isinstance(module, base):
-            for key, parameter in module._parameters.items():
-                if parameter is not None and key.startswith(prefixes):
-                    site = name if key == "weight" else f"{name}.{key}".lstrip(".")
-                    refusal = Refusal(f"weights of {base.__name__} are not converted yet", "it stays dense")
-                    shape = () if torch.nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
-                    yield Site(site, kind, shape, None, uses.calls.get(name), refusal)
-            return
+    if type(module).__module__.startswith(_QUANTIZED) and callable(getattr(module, "weight", None)):
+        yield Site(path, kind, tuple(module.weight().shape), obstacle=_QUANTIZATION)  # type: ignore[operator]
+        return
+    known = dict(_known_parameters(module))
+    for key, weight in module._parameters.items():
+        if weight is None:
+            continue
+        name = f"{path}.{key}".lstrip(".")
+        site = Site(site_name(path, key), kind, _shape(weight), module, key)
+        if key in known:
+            axis = known[key]
+            yield _judged(
+                replace(site, axis=axis) if not isinstance(axis, Refusal) else replace(site, obstacle=axis),
+                weight,
+                holders,
+            )
+        elif multiplied := [use for use in products.get(name, ()) if use.function != "embedding"]:
+            embedded = any(use.function == "embedding" for use in products[name])
+            site = replace(site, kind=multiplied[0].function, **_along(multiplied))
+            yield _judged(site, weight, holders, embedded=embedded)
 
 
-def _obstacle(layer: nn.Module, weight: nn.Parameter | None, owners: Counter[int]) -> Refusal | None:
+def _known_parameters(module: nn.Module) -> Iterator[tuple[str, Axis | Refusal]]:
+    """List the weights of modules that are no layers themselves: their reduction axes, or what forbids them."""
+    if isinstance(module, nn.MultiheadAttention):
+        yield from ((key, 1) for key in _ATTENTION_KEYS)
+    elif isinstance(module, nn.RNNCellBase):
+        yield from ((key, 1) for key in _CELL_KEYS)
+    elif isinstance(module, nn.RNNBase):
+        fused = Refusal(
+            f"{type(module).__name__} runs in a fused kernel that keeps a list of its weights",
+            "it stays dense; nn.LSTMCell, nn.GRUCell and nn.RNNCell can be converted",
+        )
+        yield from ((key, fused) for key in module._parameters if key.startswith("weight_"))
+    elif isinstance(module, nn.Bilinear):
+        yield "weight", Refusal("Bilinear sums over two inputs at once", "it stays dense")
+    elif isinstance(getattr(module, "is_transposed", None), bool):  # the experts of Hugging Face's mixtures
+        axis = -2 if module.is_transposed else -1
+        yield from ((key, axis) for key in _EXPERT_KEYS if _is_stack(module._parameters.get(key)))
+
+
+def _is_stack(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.dim() == 3
+
+
+def _along(products: list[Use]) -> dict[str, Any]:
+    """Say along which axis bare products sum, or what forbids one."""
+    axes = {use.axis for use in products}
+    function = products[0].function
+    if any(use.computed for use in products):
+        refusal = Refusal(
+            f"{function} multiplies by something computed from this parameter, where its zeros may not be zeros",
+            "it stays dense; multiply by the parameter itself if it should not",
+        )
+        return {"obstacle": refusal}
+    if len(axes) > 1 or None in axes:
+        what = "along more than one of its axes" if len(axes) > 1 else "along no single axis of it"
+        return {"obstacle": Refusal(f"{function} sums {what}", "it stays dense; use a parameter for each product")}
+    return {"axis": axes.pop()}
+
+
+def _judged(site: Site, weight: nn.Parameter, holders: Mapping[int, list[str]], *, embedded: bool = False) -> Site:
+    default = _default(site.module, weight, holders)
+    if embedded and default is None:
+        default = Refusal(
+            "it is the table of an embedding, too", "ask for it with --include to prune the table with it"
+        )
+    return replace(site, obstacle=site.obstacle or _weight_obstacle(weight), default=default)
+
+
+def _add_unknown(name: str, model: nn.Module, sites: dict[str, Site]) -> None:
+    """List a parameter of a module that could not be followed, if it could be a weight."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    weight, site = module._parameters[key], site_name(path, key)
+    if weight is None or site in sites or sum(size > 1 for size in _shape(weight)) < 2:
+        return
+    if isinstance(module, nn.Embedding):
+        return
+    refusal = Refusal(
+        f"the forward of {type(module).__name__} can't be followed, so it is not known whether it is a weight",
+        "give example inputs (--input): a run shows what is multiplied",
+    )
+    sites[site] = Site(site, type(module).__name__, _shape(weight), module, key, obstacle=refusal)
+
+
+def _shape(weight: nn.Parameter | None) -> tuple[int, ...]:
+    return () if weight is None or torch.nn.parameter.is_lazy(weight) else tuple(weight.shape)
+
+
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """Find the modules that hold each parameter, by its id."""
+    holders: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                holders[id(p)].append(path or "(root)")
+    return holders
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    """Find the modules in which a low-rank adapter stands beside a layer, as PEFT makes them."""
+    return [path for path, m in model.named_modules() if {"base_layer", "lora_A"} <= m._modules.keys()]
+
+
+def _adapter_refusal(path: str, adapters: list[str]) -> Refusal | None:
+    owner = next((a for a in adapters if path.startswith(f"{a}.")), None)
+    if owner is None:
+        return None
+    return Refusal(
+        f"it is part of {owner}, a layer with an adapter, and merging that would fill its zeros",
+        "merge the adapters first (merge_and_unload)",
+    )
+
+
+_QUANTIZATION = Refusal("it is a quantization layer", "prune first, then prepare for quantization")
+
+
+def _obstacle(layer: nn.Module, weight: nn.Parameter | None) -> Refusal | None:
     if isinstance(layer, Masked):
         return Refusal("it is converted already", "start from the dense model")
     if type(layer).__module__.startswith("torch.ao."):
-        return Refusal("it is a quantization layer", "prune first, then prepare for quantization")
+        return _QUANTIZATION
     if weight is None:
         return Refusal(
             "its weight is computed by a parametrization (weight_norm, spectral_norm, ...)",
             "remove it first (parametrize.remove_parametrizations, or remove_weight_norm for the older kind)",
         )
+    return None
+
+
+def _weight_obstacle(weight: nn.Parameter | None) -> Refusal | None:
+    if weight is None:
+        return None
     if torch.nn.parameter.is_lazy(weight):
         return Refusal("it is lazy and has no shape yet", "run the model once before converting")
     if weight.numel() == 0:
         return Refusal("it has no weights", "leave it out of the model")
     if not weight.is_floating_point():
         return Refusal(f"its weight is {weight.dtype}", "prune before quantizing")
-    if owners[id(weight)] > 1:
-        return Refusal("its weight is shared with another module", "untie the weights first")
-    if not weight.requires_grad:
-        return Refusal("its weight is frozen (requires_grad=False)", "unfreeze it before converting")
-    if getattr(layer, "groups", 1) > 1:
+    return None
+
+
+def _default(module: nn.Module | None, weight: nn.Parameter | None, holders: Mapping[int, list[str]]) -> Refusal | None:
+    """Say why a site is converted only on request."""
+    if weight is None:
+        return None
+    if len(names := holders[id(weight)]) > 1:
         return Refusal(
-            f"it is a grouped convolution (groups={layer.groups})",
-            "sparse tensor cores don't take these; it stays dense",
+            f"its weight is shared by {' and '.join(names)}",
+            "untie the weights, or ask for it with --include: then all of them are masked",
         )
-    return _own_forward_obstacle(layer)
+    if not weight.requires_grad:
+        return Refusal(
+            "its weight is frozen (requires_grad=False)",
+            "unfreeze it, or ask for it with --include: then it gets a fixed mask by magnitude",
+        )
+    groups = getattr(module, "groups", 1) if module is not None and is_layer(module) else 1
+    if groups > 1:
+        return Refusal(
+            f"it is a grouped convolution (groups={groups})",
+            "sparse tensor cores don't take these; ask for it with --include where M divides a group's channels",
+        )
+    return None
 
 
 def _own_forward_obstacle(layer: nn.Module) -> Refusal | None:
@@ -183,8 +348,13 @@ def _own_forward_obstacle(layer: nn.Module) -> Refusal | None:
 
 
 def _own_forwards(layer: nn.Module) -> list[str]:
-    base = next(kind for kind in LAYERS if isinstance(layer, kind))
+    base = layer_base(layer)
     return [f for f in ("forward", "_conv_forward") if getattr(type(layer), f, None) is not getattr(base, f, None)]
+
+
+_MULTIPLY = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+}  # fmt: skip
 
 
 class _WeightSpy(TorchFunctionMode):
@@ -194,7 +364,7 @@ class _WeightSpy(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
+        if func in _MULTIPLY:
             self.seen.append((args[1] if len(args) > 1 else kwargs["weight"]).detach())
         return func(*args, **kwargs)
 
@@ -209,7 +379,9 @@ def _weights_seen(layer: nn.Module) -> tuple[Tensor, list[Tensor]]:
     weight = stand_in._parameters["weight"]
     assert weight is not None
     spread = torch.linspace(0.5, 1.5, weight.numel()).reshape(weight.shape)
-    given = spread * (torch.arange(weight.shape[1]) % 2 == 0).reshape(1, -1, *[1] * (weight.dim() - 2))
+    axis = layer_axis(layer)
+    shape = [-1 if place == axis else 1 for place in range(weight.dim())]
+    given = spread * (torch.arange(weight.shape[axis]) % 2 == 0).reshape(shape)
     with torch.no_grad():
         weight.copy_(given)
     if isinstance(layer, nn.Linear):
@@ -221,8 +393,3 @@ def _weights_seen(layer: nn.Module) -> tuple[Tensor, list[Tensor]]:
     with torch.no_grad(), _WeightSpy() as spy:
         stand_in(x)
     return given, spy.seen
-
-
-def _is_layer_weight(model: nn.Module, parameter: str) -> bool:
-    path, _, key = parameter.rpartition(".")
-    return key == "weight" and isinstance(model.get_submodule(path), LAYERS)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nmgraph.errors import ConversionError, UnfinishedError
-from nmgraph.layers.masked import masked_layers, unmask
+from nmgraph.layers.masked import masked_modules, masked_weights, unmask
 from nmgraph.nm.grouping import restore
 from nmgraph.nm.masks import check_blocks
 from nmgraph.passes.rewrite import finish
@@ -18,25 +18,25 @@ def require_finished(model: nn.Module) -> None:
     Raises:
         UnfinishedError: naming each unfinished layer, with what is missing.
     """
-    for name, layer in masked_layers(model).items():
-        if not torch.equal(layer.nm_recipe.cpu(), layer.nm_told.to_tensor()):
+    weights = masked_weights(model)
+    for name, weight in weights.items():
+        if not torch.equal(weight.recipe.cpu(), weight.told.to_tensor()):
             raise UnfinishedError(
                 f"{name}: its nm_ buffers were changed from outside. A model's average has to leave buffers alone: "
                 "AveragedModel(model, use_buffers=False)."
             )
-    unfinished = {name: missing for name, layer in masked_layers(model).items() if (missing := layer.nm_unfinished())}
+    unfinished = {name: missing for name, weight in weights.items() if (missing := weight.unfinished())}
     if not unfinished:
         return
     name = next(iter(unfinished))
-    layer = masked_layers(model)[name]
-    step, total = layer.nm_clock.tolist()
-    others = any(int(other.nm_clock[1]) for other in masked_layers(model).values())
+    step, total = weights[name].clock.tolist()
+    others = any(int(other.clock[1]) for other in weights.values())
     never = "the attached optimizer does not train its weight" if others else "it was never trained with attach"
     where = f"{step:,} of {total:,} steps are done" if total else never
     shown = [f"{n}: {missing}" for n, missing in list(unfinished.items())[:4]]
     more = f"\n  and {len(unfinished) - 4} more layers" if len(unfinished) > 4 else ""
     raise UnfinishedError(
-        f"{len(unfinished)} layers are not N:M yet ({layer.nm_told}; {where}):\n  " + "\n  ".join(shown) + more
+        f"{len(unfinished)} layers are not N:M yet ({weights[name].told}; {where}):\n  " + "\n  ".join(shown) + more
         + "\nTrain to the end, or use --force (force=True) to prune now by what the method knows."
     )  # fmt: skip
 
@@ -49,17 +49,17 @@ def fold(model: nn.Module) -> tuple[str, ...]:
     Returns:
         The names of the changed layers.
     """
-    layers = masked_layers(model)
-    for name, layer in layers.items():
-        told = layer.nm_told
+    weights = masked_weights(model)
+    for name, weight in weights.items():
+        told, raw = weight.told, weight.raw
         with torch.no_grad():
-            w_OSC = layer.nm_raw_OSC
-            state = told.method.conclude(w_OSC, layer.nm_state, told.pattern)
+            w_OSC = weight.raw_OSC
+            state = told.method.conclude(w_OSC, weight.state, told.pattern)
             folded_OSC = told.method.operand(w_OSC, state, told.pattern).forward
             # + 0.0 turns a negative zero into a plain one.
-            layer.nm_raw.copy_(restore(folded_OSC, tuple(layer.nm_raw.shape), told.reduction_axis) + 0.0)
-            check = check_blocks(layer.nm_raw_OSC, told.pattern)
-        if not bool(torch.isfinite(layer.nm_raw.detach()).all()):
+            raw.copy_(restore(folded_OSC, tuple(raw.shape), told.reduction_axis) + 0.0)
+            check = check_blocks(weight.raw_OSC, told.pattern)
+        if not bool(torch.isfinite(raw.detach()).all()):
             raise ConversionError(
                 f"{name}: the trained weights are NaN or infinite, so there is nothing to finalize. Go back to a "
                 "checkpoint taken before training diverged."
@@ -68,6 +68,7 @@ def fold(model: nn.Module) -> tuple[str, ...]:
             raise UnfinishedError(
                 f"{name}: block {check.worst} keeps {check.worst_count}, {told.pattern} allows {told.pattern.n}."
             )
-        unmask(layer)
+    for module in list(masked_modules(model)):
+        unmask(module)
     finish(model)
-    return tuple(layers)
+    return tuple(weights)

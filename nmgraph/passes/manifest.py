@@ -32,6 +32,7 @@ class Entry:
         how: the way it was converted.
         axis: the reduction axis of its weight, or ``flat``.
         calls: how often one forward calls it, where the graph shows that.
+        macs: multiply-accumulate operations with it in one forward, where example inputs were run.
         reason: why it was skipped.
         remedy: what to do if it should not be.
     """
@@ -44,6 +45,7 @@ class Entry:
     how: str = ""
     axis: Axis = 1
     calls: int | None = None
+    macs: int | None = None
     reason: str = ""
     remedy: str = ""
 
@@ -61,8 +63,7 @@ class Manifest:
         method: name of the training method.
         entries: all sites, in the model's order.
         inputs: (shape, dtype, name) of the example inputs, where any were given.
-        untraced: modules and classes whose forward could not be followed, with the reason; a product with a bare
-            parameter inside them is not listed.
+        untraced: classes whose forward could not be followed, or ``(root)``, with the reason.
     """
 
     method: str
@@ -142,9 +143,9 @@ class Manifest:
                 escape(entry.name) or "(root)", entry.kind, shape, entry.pattern if entry.converted else "-", decision
             )
         if self.untraced:
-            table.caption = escape(
-                "Not followed: " + "; ".join(f"{name} ({why})" for name, why in self.untraced.items())
-            )
+            shown = [f"{name} ({why})" for name, why in list(self.untraced.items())[:4]]
+            shown += [f"{len(self.untraced) - 4} more"] * (len(self.untraced) > 4)
+            table.caption = escape("Not followed: " + "; ".join(shown))
             table.caption_justify = "left"
         return table
 

@@ -11,6 +11,7 @@ from nmgraph.nm.grouping import FLAT, Axis, canonical, restore
 from nmgraph.nm.masks import check_blocks, magnitude_mask
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.manifest import Entry, Manifest
+from nmgraph.passes.structure import owner_of
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ def project(model: nn.Module, manifest: Manifest, pattern: Pattern) -> tuple[tup
     """
     done: dict[str, Projection] = {}
     for entry in manifest.converted:
-        found = _project_site(model.get_submodule(entry.name), entry, pattern)
+        found = _project_site(getattr(*owner_of(model, entry.name)), entry, pattern)
         if found is not None:
             done[entry.name] = found
     entries = tuple(_renewed(e, pattern) if e.converted and e.name in done else e for e in manifest.entries)
     return tuple(done.values()), replace(manifest, entries=entries)
 
 
-def _project_site(layer: nn.Module, entry: Entry, pattern: Pattern) -> Projection | None:
-    weight, axis = layer.get_parameter("weight"), _channels(entry.axis)
+def _project_site(weight: nn.Parameter, entry: Entry, pattern: Pattern) -> Projection | None:
+    axis = _channels(entry.axis)
     w_OSC = canonical(weight.detach(), axis)
     if not pattern.divides(w_OSC.shape[-1]) or check_blocks(w_OSC, pattern).holds:
         return None

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import fx, nn
 
 from nmgraph.errors import ConversionError, MethodError, PatternError
-from nmgraph.layers.masked import Training, sparsify, unmask
+from nmgraph.layers.masked import Training, follow, masked_modules, sparsify, unmask
 from nmgraph.layers.recipe import Recipe
+from nmgraph.methods.asp import ASP
 from nmgraph.nm.grouping import FLAT
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import Refusal, Site, judge
 from nmgraph.passes.manifest import Entry, Manifest
+from nmgraph.passes.structure import owner_of
 from nmgraph.passes.trace import Uses
 
 ENDS = ("stem", "head")
@@ -28,6 +31,7 @@ class Selection:
 
     Attributes:
         skip: globs of sites to leave dense.
+        include: globs of sites to convert that are left dense by default: grouped, frozen or shared ones.
         layers: patterns by glob; of several that match, the last one counts.
         keep_dense: ``stem`` and ``head``, the layers at the model's ends, to leave dense.
         block_axis: ``channels``, blocks run along input channels, or ``flat``, along the kernel window and then
@@ -38,6 +42,7 @@ class Selection:
     """
 
     skip: Sequence[str] = ()
+    include: Sequence[str] = ()
     layers: Mapping[str, Pattern] = field(default_factory=dict)
     keep_dense: Sequence[str] = ()
     block_axis: str = "channels"
@@ -99,11 +104,16 @@ class Decision:
             how=self._how() if refusal is None else "",
             axis=self.recipe.reduction_axis,
             calls=site.calls,
+            macs=site.macs,
             reason=refusal.reason if refusal else "",
             remedy=refusal.remedy if refusal else "",
         )
 
     def _how(self) -> str:
+        if self.site.parameter is not None and not self.site.parameter.requires_grad:
+            return "in place; frozen, so its mask by magnitude is fixed"
+        if self.recipe.method.splits_backward and not self.site.is_layer:
+            return "in place; the input gradient uses the forward mask"
         if self.recipe.method.splits_backward and self.site.read_by:
             return f"in place; where {self.site.read_by} reads its weight, the input gradient uses the forward mask"
         return "in place"
@@ -124,21 +134,23 @@ def decide(sites: Sequence[Site], uses: Uses, recipe: Recipe, selection: Selecti
         MethodError: if the method does not support a pattern.
     """
     names = [s.name for s in sites]
-    for glob in [*selection.skip, *selection.layers]:
+    for glob in [*selection.skip, *selection.include, *selection.layers]:
         if not any(fnmatchcase(name, glob) for name in names):
             near = difflib.get_close_matches(glob.rstrip(".*"), names, n=3, cutoff=0.3) or names[:3]
             inside = [n for n in names if n.startswith(f"{glob}.")]
             hint = f"To name all in it, write {glob}.*" if inside else f"Near: {', '.join(near)}"
             raise ConversionError(f"no layer is named {glob!r}. {hint}")
     ends = {end: getattr(uses, end) for end in selection.keep_dense}
-    return [_decide(site, ends, recipe, selection) for site in sites]
+    return _each_parameter_once([_decide(site, ends, recipe, selection) for site in sites])
 
 
 def _decide(site: Site, ends: Mapping[str, Sequence[str]], recipe: Recipe, selection: Selection) -> Decision:
     globs = [glob for glob in selection.layers if fnmatchcase(site.name, glob)]
     pattern = selection.layers[globs[-1]] if globs else recipe.pattern
-    recipe = Recipe(recipe.method, pattern, site.axis(selection.block_axis))
-    refusal = judge(site, recipe)
+    frozen = site.parameter is not None and not site.parameter.requires_grad
+    recipe = Recipe(ASP() if frozen else recipe.method, pattern, site.axis_for(selection.block_axis))
+    included = site.name in selection.layers or any(fnmatchcase(site.name, glob) for glob in selection.include)
+    refusal = judge(site, recipe, included=included)
     end = next((end for end, names in ends.items() if site.name in names), None)
     if any(fnmatchcase(site.name, glob) for glob in selection.skip):
         refusal = Refusal("left dense on request", "")
@@ -157,6 +169,31 @@ def _decide(site: Site, ends: Mapping[str, Sequence[str]], recipe: Recipe, selec
     return Decision(site, recipe, refusal)
 
 
+def _each_parameter_once(decisions: list[Decision]) -> list[Decision]:
+    """Of the converted sites that share a parameter, leave the first; the others are masked with it."""
+    first: dict[int, str] = {}
+    apart = []
+    for d in decisions:
+        if d.refusal is None and first.setdefault(id(d.site.parameter), d.site.name) != d.site.name:
+            d = replace(
+                d, refusal=Refusal(f"its weight is that of {first[id(d.site.parameter)]}, and masked there", "")
+            )
+        apart.append(d)
+    return apart
+
+
+def restrict(decisions: Sequence[Decision], graph_module: nn.Module) -> Iterator[Decision]:
+    """Leave of the decisions on a model those on its graph: modules that no node calls are not in it."""
+    reached = dict(graph_module.named_modules())
+    for d in decisions:
+        path = d.site.name if d.site.key == "weight" else d.site.name.rpartition(".")[0]
+        called = path in reached and path != "" and isinstance(reached[path], type(d.site.module))
+        if d.refusal is None and not called and not d.site.is_layer:
+            d = replace(d, refusal=Refusal("the graph multiplies by this parameter itself", 'use mode="auto"'))
+        if d.refusal is not None or called:
+            yield d
+
+
 def require_some(decisions: Sequence[Decision], model: nn.Module) -> None:
     """Refuse a conversion that would convert nothing.
 
@@ -168,9 +205,11 @@ def require_some(decisions: Sequence[Decision], model: nn.Module) -> None:
         return
     if not decisions:
         raise ConversionError(
-            f"{type(model).__name__} has no Linear or convolution layer, so there is nothing to make sparse."
+            f"{type(model).__name__} has no weight that multiplies its input, so there is nothing to make sparse."
         )
-    misfits = [d for d in decisions if d.site.obstacle is None and not d.recipe.pattern.divides(d.length)]
+    misfits = [
+        d for d in decisions if not (d.site.obstacle or d.site.default) and not d.recipe.pattern.divides(d.length)
+    ]
     if misfits:
 
         def fitting(d: Decision) -> str:
@@ -197,7 +236,7 @@ def require_finite(decisions: Sequence[Decision]) -> None:
         ConversionError: naming the first layer with a NaN or an infinity.
     """
     for d in decisions:
-        weight = d.site.layer._parameters["weight"] if d.refusal is None and d.site.layer is not None else None
+        weight = d.site.parameter if d.refusal is None else None
         if weight is None or weight.is_meta:
             continue
         extremes = torch.stack(torch.aminmax(weight.detach()))  # NaN is passed on; cheaper than asking every weight
@@ -220,18 +259,30 @@ def rewrite(model: nn.Module, recipes: Mapping[str, Recipe]) -> tuple[str, ...]:
         The names of the changed sites.
     """
     training = Training()
-    done: list[nn.Module] = []
+    before = set(masked_modules(model))
+    sharers = _sharers(model)
     try:
         for name, recipe in recipes.items():
-            layer = model.get_submodule(name)
-            sparsify(layer, name, recipe, training)
-            done.append(layer)
+            module, key = owner_of(model, name)
+            weight = sparsify(module, key, name, recipe, training)
+            for other, its_key in sharers[id(weight.raw)]:
+                if other is not module:
+                    follow(other, its_key, weight)
     except BaseException:
-        for layer in done:
-            unmask(layer)  # type: ignore[arg-type]
+        for module in set(masked_modules(model)) - before:
+            unmask(module)
         raise
     finish(model)
     return tuple(recipes)
+
+
+def _sharers(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Find who holds each parameter, by its id."""
+    found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            found[id(parameter)].append((module, key))
+    return found
 
 
 def finish(model: nn.Module) -> None:

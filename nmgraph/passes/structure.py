@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +45,25 @@ def copy_structure(model: nn.Module, become: Callable[[Tensor], Tensor]) -> nn.M
             f"{type(model).__name__} can't be copied: {error}. Remove what it holds besides layers and values, such as "
             "open files or locks."
         ) from error
+
+
+def owner_of(model: nn.Module, site: str) -> tuple[nn.Module, str]:
+    """Find the module that holds a site's parameter, and the parameter's name in it.
+
+    Raises:
+        AttributeError: if there is no such site.
+    """
+    module, names = model, site.split(".") if site else []
+    while names and (child := module._modules.get(names[0])) is not None:
+        module, names = child, names[1:]
+    if len(names) > 1:
+        raise AttributeError(f"there is no module {site.rpartition('.')[0]}")
+    return module, names[0] if names else "weight"
+
+
+def parameter_of(site: str, names: Container[str]) -> str:
+    """Name the parameter of a site: its own name if that is among ``names``, else its ``weight``."""
+    return site if site in names else f"{site}.weight".lstrip(".")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

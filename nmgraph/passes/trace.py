@@ -7,29 +7,20 @@ place, training and evaluation mode are both traced, and what differs between th
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from nmgraph.errors import ConversionError, first_line
-from nmgraph.layers.masked import LAYERS
-from nmgraph.passes.structure import copy_structure, share, share_parameters
-
-_LAYER_FUNCTIONS = {
-    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-}  # fmt: skip
-_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, operator.matmul}
-_PRODUCT_METHODS = {"matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
-_MOVES = {"t", "transpose", "permute", "to", "type_as", "float", "half", "bfloat16", "contiguous"}
-_TURNS = {"T", "mT", "H", "mH"}
+from nmgraph.layers.kinds import is_layer
+from nmgraph.passes.products import Use, find_uses
+from nmgraph.passes.structure import copy_structure, share
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Never enter a layer that holds a weight, whatever its subclass does.
-        return type(m) in self.leaves or isinstance(m, LAYERS) or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in self.leaves or is_layer(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -84,7 +75,7 @@ def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None) ->
                 graph = tracer.trace(root)
         except Exception as error:
             # Any error at all: the code being traced is the user's, and the answer is a leaf, never a crash.
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error).partition('. ')[0]}"
             if tracer.failed is None or type(tracer.failed) in leaves:
                 return Trace(root, None, reason, _named(leaves))
             leaves[type(tracer.failed)] = reason
@@ -130,15 +121,19 @@ class Uses:
 
     Attributes:
         calls: how often each module is called, by qualified name; leaves' inner modules are missing.
-        functional: (parameter's qualified name, function's name) of products with a bare parameter.
-        untraced: modules whose own forward could not be followed, with the reason.
+        products: those with bare parameters, with the parameters' qualified names.
+        macs: multiply-accumulate operations with each parameter in one run, where there was one.
+        untraced: classes whose own forward could not be followed, or ``(root)``, with the reason.
+        unfollowed: parameters that these modules hold themselves; what becomes of them is not known.
         stem: sites that no other site comes before, from the model's input on; none where an embedding does.
         head: sites that no other site comes after, up to the model's output.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
-    functional: list[tuple[str, str]] = field(default_factory=list)
+    products: list[Use] = field(default_factory=list)
+    macs: Counter[str] = field(default_factory=Counter)
     untraced: dict[str, str] = field(default_factory=dict)
+    unfollowed: list[str] = field(default_factory=list)
     stem: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
 
@@ -155,8 +150,8 @@ def uses(model: nn.Module) -> Uses:
 def _ends(model: nn.Module, traced: Trace) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Find the layers at both ends: by the graph, or where there is none, by the order of the modules."""
     if traced.graph is None:
-        holders = [name for name, module in model.named_modules() if isinstance(module, (*LAYERS, nn.Embedding))]
-        layers = [name for name in holders if isinstance(model.get_submodule(name), LAYERS)]
+        holders = [name for name, module in model.named_modules() if _holds_weights(module)]
+        layers = [name for name in holders if is_layer(model.get_submodule(name))]
         return tuple(n for n in layers[:1] if n == holders[0]), tuple(layers[-1:])
     forward, backward = list(traced.graph.nodes), list(reversed(traced.graph.nodes))
     stem = _first_on_every_path(forward, lambda node: node.all_input_nodes, traced.root, first=True)
@@ -176,77 +171,41 @@ def _first_on_every_path(
         inside = [] if called is None else [
             (f"{node.target}.{name}".rstrip("."), module)
             for name, module in called.named_modules()
-            if isinstance(module, (*LAYERS, nn.Embedding))
+            if _holds_weights(module)
         ]  # fmt: skip
         if inside and not behind:
             name, module = inside[0 if first else -1]
-            ends += [name] if isinstance(module, LAYERS) else []
+            ends += [name] if is_layer(module) else []
         if inside or behind:
             passed.add(node)
     return tuple(dict.fromkeys(ends if first else reversed(ends)))
 
 
-def count_calls(model: nn.Module, run: Callable[[nn.Module], Any]) -> Counter[str]:
-    """Run a copy in evaluation mode, and count the calls of every module by qualified name."""
-    watched = copy_structure(model, share_parameters).eval()
-    calls: Counter[str] = Counter()
-    for name, module in watched.named_modules():
-        module.register_forward_pre_hook(lambda _module, _args, name=name: calls.update([name]))
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=devices):
-        run(watched)
-    return calls
+def _holds_weights(module: nn.Module) -> bool:
+    return is_layer(module) or isinstance(module, nn.Embedding)
 
 
 def _collect(module: nn.Module, traced: Trace, prefix: str, found: Uses) -> None:
     found.untraced.update(traced.leaves)
     if traced.graph is None:
         if type(module).forward is not nn.Module.forward:  # containers have none to follow
-            found.untraced[f"{prefix.rstrip('.') or '(root)'}"] = traced.failure or ""
-        _collect_children(module, prefix, found)
+            found.untraced[_type_name(type(module)) if prefix else "(root)"] = traced.failure or ""
+        _collect_unfollowed(module, prefix, found)
         return
     for node in traced.graph.nodes:
         if node.op == "call_module":
             found.calls[prefix + str(node.target)] += 1
             called = traced.root.get_submodule(str(node.target))
             if _type_name(type(called)) in traced.leaves:
-                _collect_children(called, f"{prefix}{node.target}.", found)
-        for parameter, function in _parameter_products(node, traced.root):
-            found.functional.append((prefix + parameter, function))
+                _collect_unfollowed(called, f"{prefix}{node.target}.", found)
+    found.products += [replace(use, parameter=prefix + use.parameter) for use in find_uses(traced.graph, traced.root)]
 
 
-def _collect_children(module: nn.Module, prefix: str, found: Uses) -> None:
+def _collect_unfollowed(module: nn.Module, prefix: str, found: Uses) -> None:
+    found.unfollowed += [prefix + key for key, p in module._parameters.items() if p is not None]
     for name, child in module.named_children():
-        if not isinstance(child, LAYERS):
+        if not is_layer(child):
             _collect(child, trace(child), f"{prefix}{name}.", found)
-
-
-def _parameter_products(node: fx.Node, root: nn.Module) -> Iterator[tuple[str, str]]:
-    """List (parameter, function) of a product in which a bare parameter takes part."""
-    operands = node.all_input_nodes
-    if node.op == "call_function" and node.target in _LAYER_FUNCTIONS:
-        operands = [n for n in operands if n is not node.args[0]]  # a learned input is no weight
-    elif not (node.op == "call_function" and node.target in _PRODUCTS) and not (
-        node.op == "call_method" and node.target in _PRODUCT_METHODS
-    ):
-        return
-    parameters = dict(root.named_parameters(remove_duplicate=False))
-    for operand in operands:
-        name = _bare_attribute(operand)
-        if name in parameters and parameters[name].dim() > 1:  # a bias is none either
-            yield name, getattr(node.target, "__name__", str(node.target)).strip("_")
-
-
-def _bare_attribute(node: fx.Node) -> str:
-    """Name the attribute that a node gives, as it is or only moved and converted; empty if it gives none."""
-    while node.op != "get_attr":
-        moved = node.op == "call_method" and node.target in _MOVES
-        turned = node.op == "call_function" and node.target is getattr and node.args[1] in _TURNS
-        source = node.args[0] if moved or turned else None
-        if not isinstance(source, fx.Node):
-            return ""
-        node = source
-    return str(node.target)
 
 
 def _first_difference(train: Trace, evaluate: Trace) -> fx.Node | None:

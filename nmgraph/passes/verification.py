@@ -11,11 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from nmgraph.layers.masked import LAYERS, Masked, masked_layers
+from nmgraph.layers.kinds import is_layer, layer_axis
+from nmgraph.layers.masked import Masked, masked_weights, site_name
 from nmgraph.nm.grouping import FLAT, Axis, canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.manifest import Manifest, find_manifest
+from nmgraph.passes.structure import parameter_of
 
 DEFAULT = Pattern(2, 4)
 TENSOR_CORES = Pattern(2, 4)
@@ -148,22 +150,27 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
     """
     manifest = find_manifest(model)
     patterns, axes = (manifest.patterns, manifest.axes) if manifest else ({}, {})
+    masked = masked_weights(model)
     checks = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LAYERS) or layer._parameters.get("weight") is None:
-            continue
-        own = layer.nm_told.pattern if isinstance(layer, Masked) else patterns.get(name)
-        wanted = pattern or own or DEFAULT
-        weight, groups = layer.weight, getattr(layer, "groups", 1)
-        axis = layer.nm_told.reduction_axis if isinstance(layer, Masked) else axes.get(name, 1)
-        assert isinstance(weight, Tensor)
-        fits = wanted.divides(weight.shape[1]) and groups == 1
-        expected = own is not None or (manifest is None and fits)
-        kind = layer.nm_base.__name__ if isinstance(layer, Masked) else type(layer).__name__
-        checks.append(check_weight(name, kind, weight, wanted, expected=expected, axis=axis, groups=groups))
+    for path, module in model.named_modules():
+        kind = module.nm_base.__name__ if isinstance(module, Masked) else type(module).__name__
+        for key, parameter in module._parameters.items():
+            name = site_name(path, key)
+            if parameter is None or not (name in patterns or name in masked or (is_layer(module) and key == "weight")):
+                continue
+            told = masked[name].told if name in masked else None
+            own = told.pattern if told else patterns.get(name)
+            wanted = pattern or own or DEFAULT
+            usual = layer_axis(module) if is_layer(module) else 1
+            axis = told.reduction_axis if told else axes.get(name, usual)
+            groups = getattr(module, "groups", 1) if is_layer(module) else 1
+            fits = groups == 1 and wanted.divides(parameter.shape[usual])
+            weight = getattr(module, key)
+            expected = own is not None or (manifest is None and fits)
+            checks.append(check_weight(name, kind, weight, wanted, expected=expected, axis=axis, groups=groups))
     lost = [name for name in patterns if name not in {c.name for c in checks}]
     problems = [f"there is no layer {', '.join(lost[:4])} any more"] if lost else []
-    unfinished = sum(layer.nm_unfinished() is not None for layer in masked_layers(model).values())
+    unfinished = sum(weight.unfinished() is not None for weight in masked.values())
     problems += [f"training is not finished: {unfinished} layers are not N:M yet"] if unfinished else []
     problems += [] if checks else ["no Linear or convolution found"]
     return Verification(type(model).__name__, tuple(checks), tuple(problems))
@@ -183,13 +190,15 @@ def verify_tensors(
     read stands first.
     """
     patterns, axes = (manifest.patterns, manifest.axes) if manifest else ({}, {})
+    sites = {parameter_of(site, tensors): site for site in patterns}
     checks = list(unreadable)
     for name, tensor in tensors.items():
-        site, _, key = name.rpartition(".")
-        if key == "weight" and tensor.dim() >= 2 and tensor.is_floating_point():
+        is_weight = name in sites or name.rpartition(".")[2] == "weight"
+        if is_weight and tensor.dim() >= 2 and tensor.is_floating_point():
+            site = sites.get(name, "")
             wanted = pattern or patterns.get(site) or DEFAULT
-            expected = site in patterns if manifest else wanted.divides(tensor.shape[1])
-            axis = axes.get(site, 1)
+            expected = name in sites if manifest else wanted.divides(tensor.shape[1])
+            axis = axes.get(site, 1) if name in sites else 1
             checks.append(check_weight(name, f"{tensor.dim()}-D", tensor, wanted, expected=expected, axis=axis))
     return Verification(subject, tuple(checks), () if checks else ("no weight with two or more axes found",))
 

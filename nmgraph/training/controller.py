@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nmgraph.errors import TrainingError
-from nmgraph.layers.masked import Masked, masked_layers
+from nmgraph.layers.masked import MaskedWeight, masked_weights
 from nmgraph.methods.contract import Clock
 from nmgraph.nm.grouping import canonical, restore
 from nmgraph.training.optimizer_state import clear_moments
@@ -33,12 +33,12 @@ class Controller:
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         self.total_steps = _count(total_steps)
         self._optimizer = optimizer
-        self._layers = _layers_trained_by(optimizer, model)
-        self._first = next(iter(self._layers.values()))  # all of them count the same steps
+        self._weights = _weights_trained_by(optimizer, model)
+        self._first = next(iter(self._weights.values()))  # all of them count the same steps
         self._clocks: dict[str, tuple[Tensor, int, int]] = {}  # buffer, its version, the step it holds
         self._fresh = True
         self._take_over()
-        for method in {layer.nm_told.method for layer in self._layers.values()}:
+        for method in {weight.told.method for weight in self._weights.values()}:
             missing = method.too_short(self.total_steps)
             if missing:
                 _log.warning("%s in %d steps: %s.", method.name, self.total_steps, missing)
@@ -47,7 +47,7 @@ class Controller:
     @property
     def step(self) -> int:
         """Optimizer steps done so far, those before a resume included."""
-        return int(self._first.nm_clock[0])
+        return int(self._first.clock[0])
 
     @property
     def progress(self) -> float:
@@ -56,24 +56,24 @@ class Controller:
 
     def detach(self) -> None:
         """Stop updating: masks stay as they are, and the optimizer is as it was before ``attach``."""
-        self._release(list(self._layers))
+        self._release(list(self._weights))
 
     def __repr__(self) -> str:
-        return f"Controller({len(self._layers)} sparse layers, step {self.step} of {self.total_steps})"
+        return f"Controller({len(self._weights)} sparse layers, step {self.step} of {self.total_steps})"
 
     def _take_over(self) -> None:
-        for name, layer in self._layers.items():
-            previous = layer.nm_training.attached.get(layer.nm_site)
+        for name, weight in self._weights.items():
+            previous = weight.training.attached.get(weight.site)
             if isinstance(previous, Controller):
-                previous._release([n for n, own in previous._layers.items() if own is layer])
-            layer.nm_training.attached[layer.nm_site] = self
-            self._read_clock(name, layer)
+                previous._release([n for n, own in previous._weights.items() if own == weight])
+            weight.training.attached[weight.site] = self
+            self._read_clock(name, weight)
 
     def _release(self, names: Iterable[str]) -> None:
         for name in names:
-            layer = self._layers.pop(name)
-            del layer.nm_training.attached[layer.nm_site]
-        if not self._layers:
+            weight = self._weights.pop(name)
+            del weight.training.attached[weight.site]
+        if not self._weights:
             self._hook.remove()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,20 +94,20 @@ class Controller:
             return
         scale = getattr(self._optimizer, "grad_scale", None)
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        moved = [self._read_clock(name, layer) for name, layer in self._layers.items()]
+        moved = [self._read_clock(name, weight) for name, weight in self._weights.items()]
         fresh, self._fresh = self._fresh or any(moved), False
-        for name, layer in self._layers.items():
-            step, group = self._advance_clock(name, layer), groups.get(id(layer.nm_raw), {"lr": 0.0})
+        for name, weight in self._weights.items():
+            step, group = self._advance_clock(name, weight), groups.get(id(weight.raw), {"lr": 0.0})
             # What turns the gradient as it stands into that of the loss that goes down.
             factor = (1.0 if scale is None else scale) * (-1.0 if group.get("maximize") else 1.0)
-            restart = _update_layer(layer, Clock(step, self.total_steps, group["lr"], fresh), factor)
+            restart = _update_weight(weight, Clock(step, self.total_steps, group["lr"], fresh), factor)
             if restart is not None:
-                layer.nm_raw.masked_fill_(restart, 0.0)
-                clear_moments(self._optimizer, layer.nm_raw, restart)
+                weight.raw.masked_fill_(restart, 0.0)
+                clear_moments(self._optimizer, weight.raw, restart)
 
-    def _read_clock(self, name: str, layer: Masked) -> bool:
+    def _read_clock(self, name: str, weight: MaskedWeight) -> bool:
         """Read a clock again if loading or moving has changed it behind our back; tell whether it had."""
-        clock = layer.nm_clock
+        clock = weight.clock
         known = self._clocks.get(name)
         if known is not None and known[0] is clock and known[1] == clock._version:
             return False
@@ -121,32 +121,32 @@ class Controller:
         self._clocks[name] = (clock, clock._version, step)
         return True
 
-    def _advance_clock(self, name: str, layer: Masked) -> int:
+    def _advance_clock(self, name: str, weight: MaskedWeight) -> int:
         clock, _, step = self._clocks[name]
         clock[0] += 1
         self._clocks[name] = (clock, clock._version, step + 1)
         return step
 
 
-def _layers_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, Masked]:
+def _weights_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, MaskedWeight]:
     if not isinstance(model, nn.Module) or not hasattr(optimizer, "register_step_pre_hook"):
         raise TrainingError(
             f"attach takes a model and a torch optimizer, not a {type(model).__name__} and a {type(optimizer).__name__}: "
             "nmgraph.attach(model, optimizer, total_steps=...)."
         )
-    layers = masked_layers(model)
-    if not layers:
+    weights = masked_weights(model)
+    if not weights:
         raise TrainingError(
             f"{type(model).__name__} has no sparse layer. Convert it first: nmgraph.convert(model, method=...)."
         )
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    held = {name: layer for name, layer in layers.items() if id(layer.nm_raw) in trained}
+    held = {name: weight for name, weight in weights.items() if id(weight.raw) in trained}
     if not held:
         raise TrainingError(
-            f"the optimizer trains none of the {len(layers)} sparse weights ({next(iter(layers))}, ...). "
+            f"the optimizer trains none of the {len(weights)} sparse weights ({next(iter(weights))}, ...). "
             "Make it from the parameters() of this very model."
         )
-    others = [name for name in layers if name not in held]
+    others = [name for name in weights if name not in held]
     if others:
         _log.warning(
             "%d sparse layers are not trained by this optimizer, and keep their masks unless another one is attached: %s",
@@ -155,18 +155,18 @@ def _layers_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, Mask
     return held
 
 
-def _update_layer(layer: Masked, clock: Clock, factor: float | Tensor) -> Tensor | None:
-    """Update one layer; ``factor`` times the gradient of the loss is what stands in ``grad``.
+def _update_weight(weight: MaskedWeight, clock: Clock, factor: float | Tensor) -> Tensor | None:
+    """Update one weight; ``factor`` times the gradient of the loss is what stands in ``grad``.
 
     Returns:
         bool in the weight's shape, which weights begin anew; None if none do.
     """
-    raw, told = layer.nm_raw, layer.nm_told
+    raw, told = weight.raw, weight.told
     # A layer that took no part in this step has no gradient; its schedule goes on all the same.
     grad = torch.zeros_like(raw) if raw.grad is None else _over(raw.grad, factor)
     grad_OSC = canonical(grad, told.reduction_axis)
-    update = told.method.update(layer.nm_raw_OSC, grad_OSC, layer.nm_state, told.pattern, clock)
-    layer.nm_state = update.state
+    update = told.method.update(weight.raw_OSC, grad_OSC, weight.state, told.pattern, clock)
+    weight.state = update.state
     if raw.grad is not None and update.grad is not grad_OSC:
         raw.grad.copy_(restore(update.grad, tuple(raw.shape), told.reduction_axis) * factor)
     return None if update.restart is None else restore(update.restart, tuple(raw.shape), told.reduction_axis)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torchvision
+from handles import nm
 from models import Encoder, TiedLanguageModel, WithExtraState, WithTables, cnn, convnext, deit, mlp, resnet
 from torch import nn
 
 import nmgraph
 from nmgraph.errors import FileError, UntrustedError
-from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.masked import masked_weights
 
 METHODS = sorted(nmgraph.METHODS)
 
@@ -67,11 +68,11 @@ def test_trained_model_comes_back_bit_equal(make, shape, method, path):
 def test_progress_recipes_and_masks_come_back(path):
     model = trained(nmgraph.convert(mlp(), method="lbc", layers={"2": "1:4"}, momentum=0.5), torch.randn(4, 16))
     loaded = saved_and_loaded(model, path)
-    for name, layer in masked_layers(model).items():
-        again = masked_layers(loaded)[name]
-        assert again.nm_told == layer.nm_told
-        assert again.nm_clock.tolist() == [3, 10]
-        assert torch.equal(again.nm_mask(), layer.nm_mask())
+    for name, layer in masked_weights(model).items():
+        again = masked_weights(loaded)[name]
+        assert nm(again).told == nm(layer).told
+        assert nm(again).clock.tolist() == [3, 10]
+        assert torch.equal(nm(again).mask(), nm(layer).mask())
 
 
 def test_tied_weights_come_back_tied(path):

@@ -204,7 +204,7 @@ def test_what_a_trusted_module_imports_is_not_reached_through_it(path):
 def test_package_that_is_not_installed_is_named(path):
     save_linear_under(b"transformers.models.gone\nLinear\n", path)
     assert message(MissingPackageError, path) == (
-        "the model needs the package transformers, which could not be imported: No module named 'transformers'. "
+        "the model needs the package transformers, which could not be imported: No module named 'transformers.models.gone'. "
         "Install it, in a version that fits your torch."
     )
 

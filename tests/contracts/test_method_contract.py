@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 
 import nmgraph
@@ -59,10 +60,10 @@ class Problem:
         torch.manual_seed(STUDENT_SEED)
         teacher = make()
         # A fixed mask follows from the weights at conversion: those of the student.
-        sparsify(teacher, "teacher", Recipe(METHODS[TEACHERS.get(method, "srste")](), pattern), Training())
+        sparsify(teacher, "weight", "teacher", Recipe(METHODS[TEACHERS.get(method, "srste")](), pattern), Training())
         torch.manual_seed(12)
         with torch.no_grad():
-            teacher.nm_raw.copy_(4.0 * make().weight)
+            nm(teacher).raw.copy_(4.0 * make().weight)
             self.y = teacher(self.x)
 
     def loss(self, model):
@@ -102,15 +103,15 @@ def test_a_method_learns_ends_at_the_pattern_and_does_the_same_again(method, kin
     layer = model[0]
     assert losses[-1] < SLOW.get((method, str(pattern)), 0.8) * losses[0]
 
-    assert layer.nm_unfinished() is None
-    assert (kept_per_block(layer.nm_mask(), pattern) <= pattern.n).all()
+    assert nm(layer).unfinished() is None
+    assert (kept_per_block(nm(layer).mask(), pattern) <= pattern.n).all()
 
     finished = nmgraph.finalize(model)
     weight = finished[0].weight.detach()
     assert type(finished[0]).__name__ == kind
     assert (kept_per_block(weight, pattern) <= pattern.n).all()
     assert torch.equal(weight, layer.weight.detach())
-    assert torch.equal(weight != 0, layer.nm_mask() & (layer.nm_raw != 0))
+    assert torch.equal(weight != 0, nm(layer).mask() & (nm(layer).raw != 0))
     assert not torch.signbit(weight[weight == 0]).any()
     assert problem.loss(finished).item() == pytest.approx(losses[-1], rel=1e-5)
 
@@ -132,7 +133,7 @@ def test_a_method_trains_on_in_a_copy(method, kind, pattern, optimizer):
         fresh.zero_grad()
         problem.loss(twin).backward()
         fresh.step()
-    assert twin[0].nm_unfinished() is None
+    assert nm(twin[0]).unfinished() is None
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
 
 
@@ -173,21 +174,21 @@ def test_the_masked_gradient_that_a_user_clips_or_logs_is_the_one_that_is_applie
     layer, optimizer = model[0], torch.optim.SGD(model.parameters(), lr=0.05)
     nmgraph.attach(model, optimizer, total_steps=STEPS)
     applied = []
-    optimizer.register_step_pre_hook(lambda *_: applied.append(layer.nm_raw.grad.clone()))
+    optimizer.register_step_pre_hook(lambda *_: applied.append(nm(layer).raw.grad.clone()))
     dense_steps = 0
     for _ in range(STEPS):
-        mask = layer.nm_mask().clone()
-        asked_for_dense = bool(getattr(layer.nm_state, "dense", False))
+        mask = nm(layer).mask().clone()
+        asked_for_dense = bool(getattr(nm(layer).state, "dense", False))
         optimizer.zero_grad()
         (model(torch.randn(8, 16)) - 1).square().mean().backward()
-        seen = layer.nm_raw.grad.clone()
+        seen = nm(layer).raw.grad.clone()
         optimizer.step()
         if asked_for_dense:
             dense_steps += 1
             assert (seen[~mask] != 0).any()
-            assert torch.equal(applied[-1], seen * layer.nm_mask())
+            assert torch.equal(applied[-1], seen * nm(layer).mask())
         else:
-            kept = mask & layer.nm_mask()  # what is pruned in this very step takes none
+            kept = mask & nm(layer).mask()  # what is pruned in this very step takes none
             assert torch.equal(applied[-1][kept], seen[kept])
             assert not seen[~mask].any()
     assert (dense_steps > 0) == (method in ("bame", "rigl"))

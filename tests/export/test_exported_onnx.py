@@ -210,7 +210,7 @@ def test_polygraphy_agrees_on_a_partly_sparse_transformer(tmp_path):
     exported = export(Encoder(), tmp_path / "export", torch.randn(2, 5, 32), skip=["encoder.layers.0.*"])
     found = nmgraph_sparse(exported.path)
     assert found == polygraphy_sparse(exported.path)
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 def swin_v2():
@@ -243,9 +243,11 @@ def test_layers_with_equal_weights_are_told_apart(tmp_path):
     assert report.holds
 
 
-def test_unconverted_projection_that_is_split_in_the_graph_is_no_problem(tmp_path):
+@pytest.mark.parametrize("skip", [[], ["*in_proj_weight"]], ids=["sparse", "left dense"])
+def test_packed_projection_that_is_split_in_the_graph_is_proved(tmp_path, skip):
     model = nn.TransformerDecoderLayer(256, 4, 64, batch_first=True)
-    report = export(model, tmp_path / "export", (torch.randn(1, 3, 256), torch.randn(1, 4, 256))).report
+    report = export(model, tmp_path / "export", (torch.randn(1, 3, 256), torch.randn(1, 4, 256)), skip=skip).report
+    assert len([c for c in report.onnx.checks if "in_proj" in c.name and c.expected]) == 2 * (not skip)
     assert report.onnx.problems == ()
     assert report.holds
 

@@ -133,7 +133,7 @@ def test_mask_that_was_not_folded_is_a_problem(body, extra, operator):
 def test_products_of_activations_are_no_weights():
     found = verify_onnx(graph("a = Relu(x) y = MatMul(a, xt)"), "written")
     assert found.checks == ()
-    assert found.problems == ("no Conv, Gemm or MatMul with a constant weight found",)
+    assert found.problems == ("no convolution, Gemm or MatMul with a constant weight found",)
     assert not found.holds
 
 
@@ -207,7 +207,7 @@ def test_without_the_manifest_every_weight_that_fits_has_to_hold():
 
 def test_site_whose_weight_is_gone_is_a_problem():
     found = verify_onnx(graph(TWO_LAYERS, MANIFEST, "{}", w=SPARSE, v=SPARSE), "written")
-    assert found.problems == ("no Conv, Gemm or MatMul uses the weight of body",)
+    assert found.problems == ("no convolution, Gemm or MatMul uses the weight of body",)
     assert not found.holds
 
 
@@ -215,7 +215,7 @@ def test_site_whose_weight_is_gone_is_a_problem_though_the_others_hold():
     entries = (Entry("body", "Linear", (4, 8), "2:4", True), Entry("gone", "Linear", (4, 8), "2:4", True))
     found = verify_onnx(graph("y = MatMul(x, w)", Manifest("lbc", entries), '{"w": ["body"]}', w=SPARSE.T), "written")
     assert found.failures == ()
-    assert found.problems == ("no Conv, Gemm or MatMul uses the weight of gone",)
+    assert found.problems == ("no convolution, Gemm or MatMul uses the weight of gone",)
     assert not found.holds
 
 

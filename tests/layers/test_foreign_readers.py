@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nmgraph
+from nmgraph.layers.masked import masked_weights
 from nmgraph.methods import METHODS
 
 both = pytest.mark.parametrize("method", METHODS)
@@ -14,10 +16,8 @@ both = pytest.mark.parametrize("method", METHODS)
 
 def concluded(model):
     """Bring LBC's masks, which mask nothing at first, to their end."""
-    for layer in model.modules():
-        if hasattr(layer, "nm_told"):
-            state = layer.nm_told.method.conclude(layer.nm_raw_OSC.detach(), layer.nm_state, layer.nm_told.pattern)
-            layer.nm_state = state
+    for weight in masked_weights(model).values():
+        weight.state = weight.told.method.conclude(weight.raw_OSC.detach(), weight.state, weight.told.pattern)
     return model
 
 
@@ -60,8 +60,8 @@ def test_attention_sends_a_gradient_to_the_raw_output_projection(method):
     attention = concluded(nmgraph.convert(nn.MultiheadAttention(16, 2), method=method))
     x = torch.randn(5, 3, 16)
     attention(x, x, x)[0].square().sum().backward()
-    kept = attention.out_proj.nm_mask()
-    grad = attention.out_proj.nm_raw.grad
+    kept = nm(attention.out_proj).mask()
+    grad = nm(attention.out_proj).raw.grad
     assert (grad[kept] != 0).all()
     assert (grad[~kept] != 0).all() == (method in ("bimask", "maxq", "srste", "sste", "tmask"))
 

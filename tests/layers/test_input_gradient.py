@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -54,13 +55,13 @@ class Forgetful(TwoMasks):
 
 
 def split(layer, method=None):
-    sparsify(layer, "site", Recipe(method or TwoMasks(), Pattern(2, 4)), Training())
+    sparsify(layer, "weight", "site", Recipe(method or TwoMasks(), Pattern(2, 4)), Training())
     return layer
 
 
 def masks(layer):
-    shape = tuple(layer.nm_raw.shape)
-    return [restore(mask, shape) for mask in layer.nm_state]
+    shape = tuple(nm(layer).raw.shape)
+    return [restore(mask, shape) for mask in nm(layer).state]
 
 
 def literal(layer, x, dy):
@@ -68,7 +69,7 @@ def literal(layer, x, dy):
     results = []
     for mask in masks(layer):
         plain = layer.nm_base(*layer.made_of[0], **layer.made_of[1]).to(x.dtype)
-        plain.weight.data = layer.nm_raw.detach() * mask
+        plain.weight.data = nm(layer).raw.detach() * mask
         if plain.bias is not None:
             plain.bias.data = layer.bias.detach().clone()
         own = x.detach().clone().requires_grad_()
@@ -135,7 +136,7 @@ def test_the_input_gradient_uses_the_backward_weight_and_all_else_the_forward_on
     assert isinstance(layer, SplitMasked)
     assert torch.allclose(y, wanted_y)
     assert torch.allclose(x.grad, dx)
-    assert torch.allclose(layer.nm_raw.grad, dw)
+    assert torch.allclose(nm(layer).raw.grad, dw)
     assert db is None or torch.allclose(layer.bias.grad, db)
 
 
@@ -148,7 +149,7 @@ def test_a_channels_last_convolution_is_split_in_the_same_way():
     wanted_y, dx, dw, _ = literal(layer, x, dy)
     assert torch.allclose(y, wanted_y)
     assert torch.allclose(x.grad, dx)
-    assert torch.allclose(layer.nm_raw.grad, dw)
+    assert torch.allclose(nm(layer).raw.grad, dw)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d strided", "conv2d reflected", "conv3d"])
@@ -156,7 +157,7 @@ def test_with_equal_masks_the_whole_layer_passes_gradcheck(kind):
     layer, x = make(kind)
     layer._buffers["nm_backward_mask"].copy_(layer._buffers["nm_forward_mask"])
     assert torch.autograd.gradcheck(
-        lambda x, w: torch.func.functional_call(layer, {"weight": w}, (x,)), (x, layer.nm_raw)
+        lambda x, w: torch.func.functional_call(layer, {"weight": w}, (x,)), (x, nm(layer).raw)
     )
 
 
@@ -185,9 +186,9 @@ def test_under_autocast_both_ways_run_in_bfloat16_and_gradients_come_in_float32(
     assert y.dtype == torch.bfloat16
     dy = torch.randn_like(y)
     y.backward(dy)
-    assert x.grad.dtype == layer.nm_raw.grad.dtype == torch.float32
+    assert x.grad.dtype == nm(layer).raw.grad.dtype == torch.float32
     wanted_y, dx, dw, _ = literal(layer, x, dy.float())
-    for actual, wanted in ((y.float(), wanted_y), (x.grad, dx), (layer.nm_raw.grad, dw)):
+    for actual, wanted in ((y.float(), wanted_y), (x.grad, dx), (nm(layer).raw.grad, dw)):
         assert (actual - wanted).norm() < 0.02 * wanted.norm()
 
 
@@ -207,7 +208,7 @@ def test_an_input_that_needs_no_gradient_still_trains_the_weight(kind):
     y = layer(x.detach())
     dy = torch.randn_like(y)
     y.backward(dy)
-    assert torch.allclose(layer.nm_raw.grad, literal(layer, x, dy)[2])
+    assert torch.allclose(nm(layer).raw.grad, literal(layer, x, dy)[2])
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
@@ -222,7 +223,7 @@ def test_without_gradients_the_forward_weight_is_used_as_ever(kind):
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_a_frozen_weight_still_sends_the_input_gradient_through_the_backward_one(kind):
     layer, x = make(kind)
-    layer.nm_raw.requires_grad_(False)
+    nm(layer).raw.requires_grad_(False)
     y = layer(x)
     dy = torch.randn_like(y)
     y.backward(dy)
@@ -237,4 +238,4 @@ def test_a_method_that_promises_a_backward_weight_and_gives_none_is_named():
 
 def test_a_weight_read_by_foreign_code_holds_the_forward_mask():
     layer, _ = make("linear")
-    assert torch.equal(layer.weight, layer.nm_raw * masks(layer)[0])
+    assert torch.equal(layer.weight, nm(layer).raw * masks(layer)[0])

@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 
 import nmgraph
-from nmgraph.layers.masked import Masked, Training, masked_layers, sparsify, unmask
+from nmgraph.layers.masked import Masked, Training, masked_weights, sparsify, unmask
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import METHODS, make_method
 from nmgraph.methods.srste import SRSTE
@@ -31,7 +32,7 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def sparse(layer, method="srste", pattern="2:4", site="fc"):
     """Make a layer sparse-trainable; LBC's masks are random half-way ones, as a fresh state masks nothing."""
-    sparsify(layer, site, Recipe(make_method(method), Pattern.parse(pattern)), Training())
+    sparsify(layer, "weight", site, Recipe(make_method(method), Pattern.parse(pattern)), Training())
     if method == "lbc":
         layer._buffers["nm_mask"].copy_(torch.rand(layer._buffers["nm_mask"].shape) > 0.5)
     return layer
@@ -45,8 +46,10 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @kinds
 def test_whoever_reads_the_weight_gets_the_masked_one(method, kind):
     layer = sparse(KINDS[kind](), method)
-    layer.nm_state = layer.nm_told.method.conclude(layer.nm_raw_OSC.detach(), layer.nm_state, layer.nm_told.pattern)
-    raw, mask = layer.nm_raw.detach(), layer.nm_mask()
+    nm(layer).state = nm(layer).told.method.conclude(
+        nm(layer).raw_OSC.detach(), nm(layer).state, nm(layer).told.pattern
+    )
+    raw, mask = nm(layer).raw.detach(), nm(layer).mask()
     assert mask.dtype == torch.bool
     assert mask.shape == raw.shape
     assert not mask.all()
@@ -77,7 +80,7 @@ def test_the_masked_weight_lies_in_memory_as_the_raw_one_does(method, kind, last
     strides = layer.weight.stride()
     sparse(layer, method)
     assert layer.weight.stride() == strides
-    assert layer.nm_mask().stride() == strides
+    assert nm(layer).mask().stride() == strides
 
 
 @both
@@ -127,7 +130,7 @@ def test_a_sparse_layer_stays_an_instance_of_its_class_and_the_same_object(metho
     assert isinstance(layer, cls)
     assert isinstance(layer, Masked)
     assert type(layer).__module__ == cls.__module__  # by which tracers take torch.nn's layers as leaves
-    assert layer.nm_raw is weight
+    assert nm(layer).raw is weight
     assert type(layer) is type(sparse(KINDS[kind](), method))  # one class for all layers of a kind
 
 
@@ -149,14 +152,14 @@ def test_a_deep_copy_is_equal_and_independent(method, kind):
             t.zero_()
     assert torch.equal(layer(x), before)
     assert type(twin) is type(layer)
-    assert twin.nm_training is not layer.nm_training
+    assert nm(twin).training is not nm(layer).training
 
 
 def test_the_layers_of_a_copied_model_share_what_they_know_of_their_training():
     model = nmgraph.convert(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)))
     twin = copy.deepcopy(model)
-    assert twin[0].nm_training is twin[1].nm_training
-    assert twin[0].nm_training is not model[0].nm_training
+    assert nm(twin[0]).training is nm(twin[1]).training
+    assert nm(twin[0]).training is not nm(model[0]).training
 
 
 @both
@@ -168,7 +171,7 @@ def test_a_pickled_layer_comes_back_as_it_was(method, kind):
     file.seek(0)
     read = torch.load(file, weights_only=False)[0]
     assert type(read) is type(layer)
-    assert read.nm_told == layer.nm_told
+    assert nm(read).told == nm(layer).told
     assert torch.equal(read(x), layer(x))
     assert all(torch.equal(a, b) for a, b in zip(read.buffers(), layer.buffers(), strict=True))
 
@@ -179,7 +182,7 @@ def test_a_change_of_dtype_is_for_the_weights_and_leaves_the_state_as_it_is(conv
     layer._buffers["nm_accumulator"].normal_()
     before = {name: b.clone() for name, b in layer.named_buffers()}
     convert(layer)
-    assert layer.weight.dtype == layer.nm_raw.dtype == layer.bias.dtype != torch.float32
+    assert layer.weight.dtype == nm(layer).raw.dtype == layer.bias.dtype != torch.float32
     for name, buffer in layer.named_buffers():
         assert buffer.dtype == before[name].dtype
         assert torch.equal(buffer, before[name])
@@ -200,12 +203,12 @@ def test_unmask_gives_the_layer_back_as_it_was(method, kind):
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), dense.parameters(), strict=True))
 
 
-def test_masked_layers_finds_each_once_by_its_name():
+def test_masked_weights_finds_each_once_by_its_name():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": nn.Sequential(shared, nn.Linear(8, 3)), "b": shared})
     sparse(shared)
-    assert list(masked_layers(model)) == ["a.0"]
-    assert masked_layers(model)["a.0"] is shared
+    assert list(masked_weights(model)) == ["a.0"]
+    assert masked_weights(model)["a.0"] == nm(shared)
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class Typo(SRSTE):
 
 def test_an_attribute_error_inside_a_method_does_not_give_the_dense_weight():
     layer = nn.Linear(16, 8)
-    sparsify(layer, "blocks.0.fc", Recipe(Typo(), Pattern(2, 4)), Training())
+    sparsify(layer, "weight", "blocks.0.fc", Recipe(Typo(), Pattern(2, 4)), Training())
     message = (
         "blocks.0.fc: the masked weight could not be computed: 'SRSTEState' object has no attribute 'no_such_field'"
     )
@@ -232,7 +235,7 @@ def test_an_attribute_error_inside_a_method_does_not_give_the_dense_weight():
 def test_a_new_parameter_put_in_place_of_the_weight_is_masked_too():
     layer = sparse(nn.Linear(16, 8))
     layer.weight = nn.Parameter(torch.randn(8, 16))
-    assert layer.nm_raw.shape == (8, 16)
+    assert nm(layer).raw.shape == (8, 16)
     assert ((layer.weight != 0).view(8, 4, 4).sum(-1) == 2).all()
 
 
@@ -258,13 +261,13 @@ def test_a_dense_state_dict_loads_under_its_old_keys():
     missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
     assert all(".nm_" in key for key in missing)
     assert unexpected == []
-    assert torch.equal(model[0].nm_raw, dense[0].weight)
+    assert torch.equal(nm(model[0]).raw, dense[0].weight)
 
 
 def test_the_state_of_another_recipe_is_refused_naming_the_layer_and_both_recipes():
     trained = nmgraph.convert(nn.Sequential(nn.Linear(16, 8)), method="srste", pattern="1:4", decay=0.1)
     model = nmgraph.convert(nn.Sequential(nn.Linear(16, 8)), method="lbc", pattern="2:4")
-    before = model[0].nm_raw.detach().clone()
+    before = nm(model[0]).raw.detach().clone()
     message = (
         "Error(s) in loading state_dict for Sequential:\n\t"
         "0 was trained as srste 1:4 (decay=0.1), but this model is converted as "
@@ -272,7 +275,7 @@ def test_the_state_of_another_recipe_is_refused_naming_the_layer_and_both_recipe
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         model.load_state_dict(trained.state_dict())
-    assert torch.equal(model[0].nm_raw, before)
+    assert torch.equal(nm(model[0]).raw, before)
 
 
 @both
@@ -280,5 +283,5 @@ def test_the_masked_weight_keeps_up_with_the_raw_one(method):
     layer = sparse(nn.Linear(16, 8), method)
     first = layer.weight.detach().clone()
     with torch.no_grad():
-        layer.nm_raw.neg_()
+        nm(layer).raw.neg_()
     assert torch.equal(layer.weight, -first)

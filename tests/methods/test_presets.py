@@ -1,6 +1,7 @@
 """Published settings by name."""
 
 import pytest
+from handles import nm
 from models import deit, mlp
 
 import nmgraph
@@ -29,13 +30,13 @@ def test_the_defaults_of_a_method_are_those_of_its_paper(method):
 
 def test_a_preset_sets_options_and_layers_kept_dense():
     model = nmgraph.convert(deit(), method="lbc", preset="code")
-    assert model.blocks[0].mlp.fc1.nm_told.method == LBC(score_decay=1e-4)
+    assert nm(model.blocks[0].mlp.fc1).told.method == LBC(score_decay=1e-4)
     assert [e.name for e in nmgraph.manifest(model).skipped] == ["patch_embed.proj", "head"]
 
 
 def test_what_is_given_beside_it_counts_more():
     model = nmgraph.convert(mlp(), method="bimask", preset="code", keep_dense=(), block_axis="channels", candidates=7)
-    method = model[0].nm_told.method
+    method = nm(model[0]).told.method
     assert (method.candidates, method.objective) == (7, "kept")
     assert nmgraph.manifest(model).skipped == ()
 

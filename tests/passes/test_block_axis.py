@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from handles import nm
 from models import resnet
 from torch import nn
 
@@ -45,8 +46,8 @@ def test_a_kernel_of_one_and_a_linear_layer_are_what_they_are_along_channels():
     flat = trained()
     plain = nmgraph.convert(net(), method="srste")
     for layer in (2, 4):
-        assert flat[layer].nm_told == plain[layer].nm_told
-    assert flat[0].nm_told.reduction_axis == FLAT
+        assert nm(flat[layer]).told == nm(plain[layer]).told
+    assert nm(flat[0]).told.reduction_axis == FLAT
 
 
 def test_the_manifest_and_its_table_say_so(capsys):
@@ -70,7 +71,7 @@ def test_saved_and_loaded_it_goes_on_as_before(tmp_path):
     model = trained()
     nmgraph.save(model, tmp_path / "m.nm.pt")
     loaded = nmgraph.load(tmp_path / "m.nm.pt")
-    assert loaded[0].nm_told == model[0].nm_told
+    assert nm(loaded[0]).told == nm(model[0]).told
     x = torch.randn(2, 4, 4, 4)
     assert torch.equal(loaded(x), model(x))
 
@@ -120,4 +121,4 @@ def test_channels_last_weights_are_blocked_as_contiguous_ones_are():
     x = torch.randn(1, 3, 32, 32)
     assert torch.allclose(plain.eval()(x), last.eval()(x), atol=1e-5)
     assert torch.equal(plain.layer2[0].conv1.weight, last.layer2[0].conv1.weight)
-    assert last.layer2[0].conv1.weight.stride() == last.layer2[0].conv1.nm_raw.stride()
+    assert last.layer2[0].conv1.weight.stride() == nm(last.layer2[0].conv1).raw.stride()

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from models import Encoder, TiedLanguageModel, mlp, resnet
+from models import Encoder, mlp, resnet
 from torch import nn
 
 import nmgraph
@@ -69,9 +69,10 @@ def test_layer_named_explicitly_has_to_fit():
 
 
 def test_layer_named_explicitly_has_to_be_convertible():
-    assert message(PatternError, TiedLanguageModel(), layers={"head": "2:4"}) == (
-        "head: its weight is shared with another module, so it can't become 2:4. Untie the weights first, "
-        "or leave it dense with --skip head."
+    model = nn.Sequential(nn.Linear(16, 16), nn.Bilinear(16, 16, 8))
+    assert message(PatternError, model, layers={"1": "2:4"}) == (
+        "1: Bilinear sums over two inputs at once, so it can't become 2:4. It stays dense, "
+        "or leave it dense with --skip 1."
     )
 
 
@@ -84,16 +85,17 @@ def test_layer_named_explicitly_that_no_pattern_fits_is_told_to_stay_dense():
 @pytest.mark.parametrize("model", [nn.Embedding(8, 8), nn.Sequential(nn.ReLU()), nn.Sequential()])
 def test_model_without_any_layer_to_convert(model):
     assert message(ConversionError, model) == (
-        f"{type(model).__name__} has no Linear or convolution layer, so there is nothing to make sparse."
+        f"{type(model).__name__} has no weight that multiplies its input, so there is nothing to make sparse."
     )
 
 
 def test_model_whose_layers_all_stay_dense_says_why():
-    model = nn.Sequential(nn.Linear(16, 8).requires_grad_(False), nn.ConvTranspose1d(8, 8, 1), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(16, 8).requires_grad_(False), nn.LSTM(8, 8), nn.Linear(8, 8))
     assert message(ConversionError, model, skip=["2"]) == (
         "no layer of Sequential can be converted:\n"
         "  0: its weight is frozen (requires_grad=False)\n"
-        "  1: weights of ConvTranspose1d are not converted yet\n"
+        "  1.weight_ih_l0: LSTM runs in a fused kernel that keeps a list of its weights\n"
+        "  1.weight_hh_l0: LSTM runs in a fused kernel that keeps a list of its weights\n"
         "  2: left dense on request"
     )
 

@@ -51,14 +51,14 @@ def test_pattern_has_to_divide_the_input_channels(layer, pattern, reason, remedy
 def test_grouped_convolutions_stay_dense(groups):
     assert reason_and_remedy(Beside(nn.Conv2d(8, 8, 3, groups=groups)), "tried") == (
         f"it is a grouped convolution (groups={groups})",
-        "sparse tensor cores don't take these; it stays dense",
+        "sparse tensor cores don't take these; ask for it with --include where M divides a group's channels",
     )
 
 
 def test_head_tied_to_an_embedding_stays_dense():
     assert reason_and_remedy(TiedLanguageModel(), "head") == (
-        "its weight is shared with another module",
-        "untie the weights first",
+        "its weight is shared by embedding and head",
+        "untie the weights, or ask for it with --include: then all of them are masked",
     )
 
 
@@ -79,7 +79,7 @@ def test_layer_used_twice_is_one_site():
 def test_frozen_layers_stay_dense():
     assert reason_and_remedy(Beside(nn.Linear(16, 8).requires_grad_(False)), "tried") == (
         "its weight is frozen (requires_grad=False)",
-        "unfreeze it before converting",
+        "unfreeze it, or ask for it with --include: then it gets a fixed mask by magnitude",
     )
 
 
@@ -112,42 +112,42 @@ def test_lazy_layers_stay_dense():
     )
 
 
-OTHER_KINDS = (
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.RNNBase, nn.RNNCellBase,
-    nn.MultiheadAttention,
-)  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "reasons"),
+    [
+        (nn.Bilinear(8, 8, 8), {"tried": "Bilinear sums over two inputs at once"}),
+        (
+            nn.LSTM(16, 8),
+            dict.fromkeys(
+                ["tried.weight_ih_l0", "tried.weight_hh_l0"],
+                "LSTM runs in a fused kernel that keeps a list of its weights",
+            ),
+        ),
+    ],
+    ids=["Bilinear", "LSTM"],
+)
+def test_weights_that_cannot_be_masked_are_listed_with_a_reason(module, reasons):
+    assert {name: e.reason for name, e in entries(Beside(module)).items() if not e.converted} == reasons
 
 
 @pytest.mark.parametrize(
-    ("module", "sites"),
+    ("module", "axes"),
     [
-        (nn.ConvTranspose1d(8, 8, 3), ["tried"]),
-        (nn.ConvTranspose2d(8, 8, 3), ["tried"]),
-        (nn.ConvTranspose3d(8, 8, 3), ["tried"]),
-        (nn.Bilinear(8, 8, 8), ["tried"]),
-        (nn.LSTM(16, 8), ["tried.weight_ih_l0", "tried.weight_hh_l0"]),
-        (nn.GRUCell(16, 8), ["tried.weight_ih", "tried.weight_hh"]),
-        (nn.MultiheadAttention(16, 4), ["tried.in_proj_weight"]),
+        (nn.ConvTranspose1d(16, 8, 3), {"tried": 0}),
+        (nn.ConvTranspose2d(16, 8, 3), {"tried": 0}),
+        (nn.ConvTranspose3d(16, 8, 3), {"tried": 0}),
+        (nn.GRUCell(16, 8), {"tried.weight_ih": 1, "tried.weight_hh": 1}),
+        (nn.MultiheadAttention(16, 4), {"tried.in_proj_weight": 1, "tried.out_proj": 1}),
         (
             nn.MultiheadAttention(16, 4, kdim=8, vdim=8),
-            ["tried.q_proj_weight", "tried.k_proj_weight", "tried.v_proj_weight"],
+            {f"tried.{name}": 1 for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj")},
         ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_other_products_are_listed_with_a_reason(module, sites):
-    base = next(kind.__name__ for kind in OTHER_KINDS if isinstance(module, kind))
-    skipped = {name: (e.reason, e.remedy) for name, e in entries(Beside(module)).items() if not e.converted}
-    assert skipped == dict.fromkeys(sites, (f"weights of {base} are not converted yet", "it stays dense"))
-
-
-def test_output_projection_of_an_attention_is_converted():
-    found = entries(Encoder())
-    assert found["encoder.layers.0.self_attn.out_proj"].converted
-    assert (
-        found["encoder.layers.0.self_attn.in_proj_weight"].reason
-        == "weights of MultiheadAttention are not converted yet"
-    )
+def test_weights_of_other_modules_are_converted_on_their_own_axis(module, axes):
+    found = entries(Beside(module), method="srste")
+    assert {name: e.axis for name, e in found.items() if e.converted and name != "plain"} == axes
 
 
 class BareProduct(nn.Module):
@@ -162,37 +162,96 @@ class BareProduct(nn.Module):
 
 
 PRODUCTS = {
-    "F.linear(x, w)": (F.linear, "linear"),
-    "F.linear(x, weight=w)": (lambda x, w: F.linear(x, weight=w), "linear"),
-    "torch.matmul(x, w)": (torch.matmul, "matmul"),
-    "torch.mm(x, w)": (torch.mm, "mm"),
-    "torch.addmm(x, x, w)": (lambda x, w: torch.addmm(x, x, w), "addmm"),
-    "x.matmul(w)": (lambda x, w: x.matmul(w), "matmul"),
-    "x @ w": (lambda x, w: x @ w, "matmul"),
-    "x @ w.t()": (lambda x, w: x @ w.t(), "matmul"),
-    "x @ w.transpose(0, 1)": (lambda x, w: x @ w.transpose(0, 1), "matmul"),
-    "x @ w.T": (lambda x, w: x @ w.T, "matmul"),
-    "x @ w.mT": (lambda x, w: x @ w.mT, "matmul"),
-    "torch.matmul(x, other=w)": (lambda x, w: torch.matmul(x, other=w), "matmul"),
-    "w @ x": (lambda x, w: w @ x, "matmul"),
+    "F.linear(x, w)": (F.linear, "linear", 1),
+    "F.linear(x, weight=w)": (lambda x, w: F.linear(x, weight=w), "linear", 1),
+    "torch.matmul(x, w)": (torch.matmul, "matmul", 0),
+    "torch.mm(x, w)": (torch.mm, "mm", 0),
+    "torch.addmm(x, x, w)": (lambda x, w: torch.addmm(x, x, w), "addmm", 0),
+    "torch.addmm(x, x, w.t())": (lambda x, w: torch.addmm(x, x, w.t()), "addmm", 1),
+    "x.matmul(w)": (lambda x, w: x.matmul(w), "matmul", 0),
+    "x @ w": (lambda x, w: x @ w, "matmul", 0),
+    "x @ w.t()": (lambda x, w: x @ w.t(), "matmul", 1),
+    "x @ w.transpose(0, 1)": (lambda x, w: x @ w.transpose(0, 1), "matmul", 1),
+    "x @ w.permute(1, 0)": (lambda x, w: x @ w.permute(1, 0), "matmul", 1),
+    "x @ w.T": (lambda x, w: x @ w.T, "matmul", 1),
+    "x @ w.mT": (lambda x, w: x @ w.mT, "matmul", 1),
+    "x @ w.float()": (lambda x, w: x @ w.float(), "matmul", 0),
+    "torch.matmul(x, other=w)": (lambda x, w: torch.matmul(x, other=w), "matmul", 0),
+    "w @ x": (lambda x, w: w @ x, "matmul", 1),
+    "einsum bi,io": (lambda x, w: torch.einsum("bi,io->bo", x, w), "einsum", 0),
+    "einsum bi,oi": (lambda x, w: torch.einsum("bi,oi->bo", x, w), "einsum", 1),
+    "einsum [x, w]": (lambda x, w: torch.einsum("bi,oi->bo", [x, w]), "einsum", 1),
 }
 
 
+@pytest.mark.parametrize("inputs", [None, torch.randn(16, 16)], ids=["from the graph", "from a run"])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_product_with_a_bare_parameter_is_listed_once(product):
-    multiply, function = PRODUCTS[product]
-    found = entries(BareProduct(multiply))
-    assert list(found) == ["head", "projection"]
+def test_product_with_a_bare_parameter_is_converted_on_the_axis_it_sums_over(product, inputs):
+    multiply, function, axis = PRODUCTS[product]
+    model = nmgraph.convert(BareProduct(multiply), method="srste", example_inputs=inputs)
+    found = {e.name: e for e in nmgraph.manifest(model).entries}
+    assert sorted(found) == ["head", "projection"]
     entry = found["projection"]
-    assert (entry.kind, entry.shape, entry.reason, entry.remedy) == (
-        function,
-        (16, 16),
-        f"{function} multiplies by this parameter directly",
-        "hold it in an nn.Linear or nn.Conv layer",
-    )
+    assert (entry.converted, entry.shape, entry.axis) == (True, (16, 16), axis)
+    assert entry.kind == (function if inputs is None else "matmul")
+    assert ((model.projection != 0).movedim(axis, -1).reshape(16, 4, 4).sum(-1) == 2).all()
+    x = torch.randn(16, 16)
+    assert torch.equal(nmgraph.finalize(model)(x), model(x))
 
 
-def test_convolution_with_a_bare_parameter_is_listed_once():
+REFUSED = {
+    "along both axes": (lambda x, w: F.linear(F.linear(x, w), w.t()), "linear sums along more than one of its axes"),
+    "standardised": (
+        lambda x, w: F.linear(x, w - w.mean(1, keepdim=True)),
+        "linear multiplies by something computed from this parameter, where its zeros may not be zeros",
+    ),
+    "several axes": (
+        lambda x, w: torch.einsum("bij,ij->b", x.reshape(-1, 16, 16), w).unsqueeze(1).expand(-1, 16),
+        "einsum sums along no single axis of it",
+    ),
+}
+
+
+@pytest.mark.parametrize("product", REFUSED)
+def test_bare_product_that_cannot_be_masked_is_listed_with_its_reason(product):
+    multiply, reason = REFUSED[product]
+    assert reason_and_remedy(BareProduct(multiply), "projection")[0] == reason
+
+
+class Stack(nn.Module):
+    """A mixture's experts in one parameter, multiplied in one way of several."""
+
+    def __init__(self, multiply, *shape):
+        super().__init__()
+        self.experts, self.head, self.multiply = nn.Parameter(torch.randn(shape)), nn.Linear(8, 8), multiply
+
+    def forward(self, x):
+        return self.head(self.multiply(x, self.experts))
+
+
+STACKS = {
+    "bmm": (lambda x, w: torch.bmm(x.expand(3, -1, -1), w), (3, 16, 8), -2),
+    "F.linear of one": (lambda x, w: F.linear(x, w[1]), (3, 8, 16), -1),
+    "x @ one": (lambda x, w: x @ w[0], (3, 16, 8), -2),
+    "x @ one.T": (lambda x, w: x @ w[2].T, (3, 8, 16), -1),
+    "unbind": (lambda x, w: x @ w.unbind(0)[1], (3, 16, 8), -2),
+    "einsum": (lambda x, w: torch.einsum("bi,eoi->beo", x, w), (3, 8, 16), -1),
+}
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(4, 16)], ids=["from the graph", "from a run"])
+@pytest.mark.parametrize("stack", STACKS)
+def test_stack_of_matrices_is_converted_on_the_axis_it_sums_over(stack, inputs):
+    multiply, shape, axis = STACKS[stack]
+    model = nmgraph.convert(Stack(multiply, *shape), method="srste", example_inputs=inputs)
+    entry = next(e for e in nmgraph.manifest(model).entries if e.name == "experts")
+    assert (entry.converted, entry.axis) == (True, axis)
+    assert ((model.experts != 0).movedim(axis, -1).reshape(-1, 4).sum(-1) == 2).all()
+    assert nmgraph.verify(nmgraph.finalize(model)).holds
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(2, 4, 6, 6)], ids=["from the graph", "from a run"])
+def test_convolution_with_a_bare_parameter_is_converted(inputs):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -201,14 +260,14 @@ def test_convolution_with_a_bare_parameter_is_listed_once():
         def forward(self, x):
             return self.head(F.conv2d(x, self.kernel))
 
-    found = entries(Net())
-    assert found["kernel"].reason == "conv2d multiplies by this parameter directly"
-    assert found["kernel"].shape == (8, 4, 3, 3)
+    found = entries(Net(), example_inputs=inputs)
+    assert found["kernel"].converted
+    assert (found["kernel"].shape, found["kernel"].axis) == ((8, 4, 3, 3), 1)
 
 
 def test_parameter_multiplied_twice_is_listed_once():
     found = entries(BareProduct(lambda x, w: F.linear(F.linear(x, w), w)))
-    assert list(found) == ["head", "projection"]
+    assert sorted(found) == ["head", "projection"]
 
 
 def test_layer_whose_weight_is_read_by_others_is_listed_once_and_converted():
@@ -327,6 +386,7 @@ def test_skip_leaves_layers_dense():
 def test_skip_takes_globs():
     found = entries(Encoder(), skip=["encoder.layers.0.*", "head"])
     assert [name for name, e in found.items() if e.converted] == [
+        "encoder.layers.1.self_attn.in_proj_weight",
         "encoder.layers.1.self_attn.out_proj",
         "encoder.layers.1.linear1",
         "encoder.layers.1.linear2",
@@ -336,9 +396,11 @@ def test_skip_takes_globs():
 def test_layers_gives_patterns_by_glob_and_the_last_match_counts():
     found = entries(Encoder(), layers={"encoder.*": "1:4", "*.linear1": "4:8", "encoder.layers.1.*": "1:16"})
     assert {name: e.pattern for name, e in found.items() if e.converted} == {
+        "encoder.layers.0.self_attn.in_proj_weight": "1:4",
         "encoder.layers.0.self_attn.out_proj": "1:4",
         "encoder.layers.0.linear1": "4:8",
         "encoder.layers.0.linear2": "1:4",
+        "encoder.layers.1.self_attn.in_proj_weight": "1:16",
         "encoder.layers.1.self_attn.out_proj": "1:16",
         "encoder.layers.1.linear1": "1:16",
         "encoder.layers.1.linear2": "1:16",

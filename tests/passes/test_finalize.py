@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from handles import nm
 from models import cnn, mlp, resnet
 from torch import nn
 
 import nmgraph
 from nmgraph.errors import ConversionError, UnfinishedError
-from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.masked import masked_weights
 
 METHODS = sorted(nmgraph.METHODS)
 
@@ -26,9 +27,9 @@ def train(model, steps, total_steps):
 def test_finalized_weights_are_the_masked_ones(method):
     model = train(nmgraph.convert(mlp(), method=method), 8, 8).eval()
     finished, x = nmgraph.finalize(model), torch.randn(4, 16)
-    for name, layer in masked_layers(model).items():
+    for name, layer in masked_weights(model).items():
         weight = finished.get_submodule(name).weight
-        assert torch.equal(weight, layer.weight)
+        assert torch.equal(weight, layer.layer.weight)
     assert torch.equal(finished(x), model(x))
 
 
@@ -46,7 +47,7 @@ def test_model_itself_is_not_changed_by_finalizing(method):
     finished = nmgraph.finalize(model, force=True)
     with torch.no_grad():
         finished[0].weight.zero_()
-    assert list(masked_layers(model)) == ["0", "2"]
+    assert list(masked_weights(model)) == ["0", "2"]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -92,9 +93,9 @@ def test_long_list_of_unfinished_layers_is_cut():
 
 def test_force_prunes_by_the_scores_learned_so_far():
     model = nmgraph.convert(nn.Sequential(nn.Linear(4, 1, bias=False)), method="lbc")
-    layer = masked_layers(model)["0"]
+    layer = model[0]
     with torch.no_grad():
-        layer.nm_raw.copy_(torch.tensor([[9.0, 1.0, 8.0, 2.0]]))
+        nm(layer).raw.copy_(torch.tensor([[9.0, 1.0, 8.0, 2.0]]))
         layer._buffers["nm_accumulator"].copy_(torch.tensor([[[0.0, 1.0, 0.0, 2.0]]]))
     assert nmgraph.finalize(model, force=True)[0].weight.tolist() == [[0.0, 1.0, 0.0, 2.0]]
 

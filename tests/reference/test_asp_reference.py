@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 
 import nmgraph
 from nmgraph.errors import MethodError
-from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.masked import masked_weights
 
 
 def largest(weight, n, m):
@@ -52,22 +53,22 @@ def test_trains_as_a_dense_layer_that_is_masked_before_and_after_each_step(n, m)
 
 def test_mask_is_chosen_once_more_where_asked():
     model = nmgraph.convert(nn.Linear(16, 8), method="asp", recompute_at=0.5)
-    first = model.nm_mask()
+    first = nm(model).mask()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     nmgraph.attach(model, optimizer, total_steps=10)
     with torch.no_grad():
-        model.nm_raw.copy_(torch.randn(8, 16))
+        nm(model).raw.copy_(torch.randn(8, 16))
     steps(model, optimizer, 4)
-    assert torch.equal(model.nm_mask(), first)
+    assert torch.equal(nm(model).mask(), first)
     steps(model, optimizer, 1)
-    assert torch.equal(model.nm_mask(), largest(model.nm_raw.detach(), 2, 4))
+    assert torch.equal(nm(model).mask(), largest(nm(model).raw.detach(), 2, 4))
 
 
 def test_frozen_mask_needs_no_attach(recwarn):
     model = nmgraph.convert(nn.Linear(16, 8), method="asp")
-    before = {name: layer.nm_mask() for name, layer in masked_layers(model).items()}
+    before = {name: nm(layer).mask() for name, layer in masked_weights(model).items()}
     steps(model, torch.optim.AdamW(model.parameters(), lr=0.1), 5)
-    assert all(torch.equal(layer.nm_mask(), before[name]) for name, layer in masked_layers(model).items())
+    assert all(torch.equal(nm(layer).mask(), before[name]) for name, layer in masked_weights(model).items())
     assert not [w for w in recwarn if "attach" in str(w.message)]
 
 

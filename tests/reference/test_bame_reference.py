@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -179,7 +180,7 @@ def layers(model):
 
 
 def masks_of(model):
-    return [layer.nm_mask().clone() for layer in layers(model)]  # a copy: it is the buffer that is trained
+    return [nm(layer).mask().clone() for layer in layers(model)]  # a copy: it is the buffer that is trained
 
 
 def history_of_masks(**options):
@@ -224,7 +225,7 @@ def test_a_whole_run_is_that_of_the_paper_for_every_pattern(n, m):
 
 def compare_runs(n, m, options):
     model, optimizer = converted(f"{n}:{m}", **options)
-    start = [layer.nm_raw.detach().clone() for layer in layers(model)]
+    start = [nm(layer).raw.detach().clone() for layer in layers(model)]
     expected, changed, frozen = literal_run(start, n, m, options)
     assert changed >= 4  # or the comparison would say little
     assert frozen >= 4 or options.get("freeze_large") == 0.0
@@ -232,8 +233,8 @@ def compare_runs(n, m, options):
     def compare(t):
         weights, masks, memories = expected[t]
         for layer, w, b, o in zip(layers(model), weights, masks, memories, strict=True):
-            assert torch.equal(layer.nm_mask(), b), f"mask after step {t}"
-            torch.testing.assert_close(layer.nm_raw.detach() * b, w * b, rtol=1e-9, atol=1e-11)
+            assert torch.equal(nm(layer).mask(), b), f"mask after step {t}"
+            torch.testing.assert_close(nm(layer).raw.detach() * b, w * b, rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(layer.nm_oscillation.flatten().tolist(), o, rtol=1e-6, atol=1e-7)
 
     train(model, optimizer, after_step=compare)
@@ -287,12 +288,12 @@ def test_backward_is_masked_except_where_an_adaption_needs_the_dense_gradient(sc
     seen = {}
 
     def before_step(t):
-        seen[t] = [(layer.nm_raw.grad[~layer.nm_mask()] != 0).tolist() for layer in layers(model)]
+        seen[t] = [(nm(layer).raw.grad[~nm(layer).mask()] != 0).tolist() for layer in layers(model)]
 
     def in_optimizer(*_):
         for layer in layers(model):
-            assert not layer.nm_raw.grad[~layer.nm_mask()].any()
-            assert layer.nm_raw.grad[layer.nm_mask()].all()
+            assert not nm(layer).raw.grad[~nm(layer).mask()].any()
+            assert nm(layer).raw.grad[nm(layer).mask()].all()
 
     optimizer.register_step_pre_hook(in_optimizer)
     train(model, optimizer, before_step=before_step)
@@ -309,21 +310,21 @@ def test_a_grown_weight_starts_at_zero_and_takes_the_step_that_its_gain_reckons_
 
     def before_step(t):
         noted["masks"] = masks_of(model)
-        noted["grads"] = [layer.nm_raw.grad.clone() for layer in layers(model)]
+        noted["grads"] = [nm(layer).raw.grad.clone() for layer in layers(model)]
 
     def in_optimizer(*_):
         for layer, before in zip(layers(model), noted["masks"], strict=True):
-            restarts = layer.nm_mask() ^ before
-            assert not layer.nm_raw[restarts].any()
-            moments = optimizer.state[layer.nm_raw].get("momentum_buffer")
+            restarts = nm(layer).mask() ^ before
+            assert not nm(layer).raw[restarts].any()
+            moments = optimizer.state[nm(layer).raw].get("momentum_buffer")
             assert moments is None or not moments[restarts].any()
 
     def after_step(t):
         nonlocal grown_in_all, pruned_in_all
         for layer, before, grad in zip(layers(model), noted["masks"], noted["grads"], strict=True):
-            grown, pruned = layer.nm_mask() & ~before, before & ~layer.nm_mask()
-            assert torch.equal(layer.nm_raw[grown], -LR * grad[grown])
-            assert not layer.nm_raw[~layer.nm_mask()].any()  # and stays there
+            grown, pruned = nm(layer).mask() & ~before, before & ~nm(layer).mask()
+            assert torch.equal(nm(layer).raw[grown], -LR * grad[grown])
+            assert not nm(layer).raw[~nm(layer).mask()].any()  # and stays there
             grown_in_all, pruned_in_all = grown_in_all + int(grown.sum()), pruned_in_all + int(pruned.sum())
 
     optimizer.register_step_pre_hook(in_optimizer)
@@ -560,11 +561,11 @@ def test_the_input_gradient_of_a_bidirectional_layer_uses_a_weight_that_is_n_of_
         x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
         seeds = torch.randn(5, 8, dtype=torch.float64)
         y = layer(x)
-        forward = layer.nm_raw.detach() * layer.nm_mask()
+        forward = nm(layer).raw.detach() * nm(layer).mask()
         torch.testing.assert_close(y, x @ forward.T, rtol=1e-12, atol=1e-13)  # nothing of it in the forward
         order, keep = layer.nm_permutation, literal_keep(t + 1, 2, 4)
         assert sorted(order.tolist()) == list(range(8))
-        backward = literal_backward_weight(layer.nm_raw.detach(), layer.nm_mask(), order, keep, 4)
+        backward = literal_backward_weight(nm(layer).raw.detach(), nm(layer).mask(), order, keep, 4)
         (got,) = torch.autograd.grad(y, x, seeds)
         torch.testing.assert_close(got, seeds @ backward, rtol=1e-12, atol=1e-13)
         if t >= GRADUAL_END:
@@ -586,13 +587,13 @@ def test_the_backward_mask_changes_the_gradient_of_the_layers_before_it_alone():
     train(ordinary, optimizer, range(45))
     other, _ = converted("2:4", bidirectional=True)
     for ours, theirs in zip(layers(other), layers(ordinary), strict=True):
-        ours.nm_raw.data.copy_(theirs.nm_raw)
-        ours.nm_state = ours.nm_state._replace(mask=theirs.nm_state.mask, keep=theirs.nm_state.keep)
+        nm(ours).raw.data.copy_(nm(theirs).raw)
+        nm(ours).state = nm(ours).state._replace(mask=nm(theirs).state.mask, keep=nm(theirs).state.keep)
     grads = []
     for model in (ordinary, other):
         model.zero_grad()
         x, target = batch(45)
         loss_of(model(x), target).backward()
-        grads.append([layer.nm_raw.grad for layer in layers(model)])
+        grads.append([nm(layer).raw.grad for layer in layers(model)])
     torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-12, atol=1e-13)
     assert not torch.allclose(grads[0][0], grads[1][0])

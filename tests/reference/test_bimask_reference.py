@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -123,7 +124,7 @@ def literal_choice(mask, seed, step, candidates, objective):
 def one_layer(layer, axis=1, steps=1, pattern="2:4", **options):
     """Make a masked layer whose rows are permuted already."""
     recipe = Recipe(BiMask(**options), Pattern.parse(pattern), axis)
-    sparsify(layer, "layer", recipe, Training())
+    sparsify(layer, "weight", "layer", recipe, Training())
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     nmgraph.attach(layer, optimizer, total_steps=10)
     for _ in range(steps):
@@ -149,31 +150,31 @@ def train(model, optimizer, steps):
 @pytest.mark.parametrize("outputs", [8, 10])  # whole blocks of rows, and a short last one
 def test_the_input_gradient_of_a_linear_layer_is_that_of_the_permuted_form(outputs):
     layer = one_layer(nn.Linear(12, outputs).double())
-    order = layer.nm_state.permutation
+    order = nm(layer).state.permutation
     assert not torch.equal(order, torch.arange(outputs))
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(5, outputs, dtype=torch.float64)
     layer(x).backward(dy)
-    mask = literal_forward_mask(layer.nm_raw.detach())
-    permuted = (mask * layer.nm_raw.detach())[order]
+    mask = literal_forward_mask(nm(layer).raw.detach())
+    permuted = (mask * nm(layer).raw.detach())[order]
     kept = literal_backward_mask(permuted.abs(), mask[order])
     assert torch.allclose(x.grad, dy[:, order] @ (kept * permuted), rtol=1e-12, atol=1e-14)
     own_order = torch.zeros_like(mask)
     own_order[order] = kept
-    assert torch.allclose(x.grad, dy @ (own_order * mask * layer.nm_raw.detach()), rtol=1e-12, atol=1e-14)
-    assert not torch.allclose(x.grad, dy @ (mask * layer.nm_raw.detach()))
+    assert torch.allclose(x.grad, dy @ (own_order * mask * nm(layer).raw.detach()), rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(x.grad, dy @ (mask * nm(layer).raw.detach()))
 
 
 @pytest.mark.parametrize("axis", [1, FLAT])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_input_gradient_of_a_convolution_is_that_of_its_unfolded_product(stride, axis):
     layer = one_layer(nn.Conv2d(4, 10, 3, stride=stride, padding=1, bias=False).double(), axis)
-    order = layer.nm_state.permutation
+    order = nm(layer).state.permutation
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
     y = layer(x)
     dy = torch.randn_like(y)
     y.backward(dy)
-    weight = layer.nm_raw.detach()
+    weight = nm(layer).raw.detach()
     mask_OK = literal_forward_mask(weight if axis == 1 else weight.flatten(1)).flatten(1)
     permuted = (mask_OK * weight.flatten(1))[order]
     kept = literal_backward_mask(permuted.abs(), mask_OK[order])
@@ -188,12 +189,12 @@ def test_the_backward_mask_lies_inside_the_forward_one_and_is_n_m_on_permuted_ro
     layer = nn.Conv2d(16, 38, 3).double()
     layer.weight.grad = torch.randn_like(layer.weight)
     layer = one_layer(layer, pattern=pattern, criterion=criterion)
-    operand, pattern = layer.nm_operand(), Pattern.parse(pattern)
+    operand, pattern = nm(layer).operand(), Pattern.parse(pattern)
     forward, backward = canonical(operand.forward.detach()), canonical(operand.backward)
     live = forward != 0
-    assert torch.equal(live, magnitude_mask(canonical(layer.nm_raw.detach()), pattern))
+    assert torch.equal(live, magnitude_mask(canonical(nm(layer).raw.detach()), pattern))
     assert torch.equal(backward, forward * (backward != 0))
-    order = layer.nm_state.permutation
+    order = nm(layer).state.permutation
     parts = zip((backward != 0)[order].split(pattern.m), live[order].split(pattern.m), strict=True)
     assert all(torch.equal(kept.sum(0), alive.sum(0).clamp(max=pattern.n)) for kept, alive in parts)
 
@@ -222,9 +223,9 @@ def test_training_equals_the_literal_method_step_by_step(objective):
         own.step()
         train(model, optimizer, [step])
         for layer, expected, order in zip(sparse, literal, permutations, strict=True):
-            assert torch.allclose(layer.nm_raw.grad, expected.weight.grad, rtol=1e-9, atol=1e-12)
-            assert torch.allclose(layer.nm_raw.detach(), expected.weight, rtol=1e-9, atol=1e-12)
-            assert torch.equal(layer.nm_state.permutation, order)
+            assert torch.allclose(nm(layer).raw.grad, expected.weight.grad, rtol=1e-9, atol=1e-12)
+            assert torch.allclose(nm(layer).raw.detach(), expected.weight, rtol=1e-9, atol=1e-12)
+            assert torch.equal(nm(layer).state.permutation, order)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
@@ -242,25 +243,25 @@ def test_the_weight_gets_its_dense_gradient_and_the_decay_once(micro_batches, sc
         scaler.scale(F.mse_loss(model(part), wanted) / micro_batches).backward()
     scaler.step(optimizer)
     for layer, expected in zip(layers_of(model), literal, strict=True):
-        assert torch.allclose(layer.nm_raw.grad, expected.weight.grad, rtol=1e-9, atol=1e-12)
-        assert (layer.nm_raw.grad[~layer.nm_mask()] != 0).all()
+        assert torch.allclose(nm(layer).raw.grad, expected.weight.grad, rtol=1e-9, atol=1e-12)
+        assert (nm(layer).raw.grad[~nm(layer).mask()] != 0).all()
 
 
 @pytest.mark.parametrize("objective", ["blocks", "kept"])
 def test_a_permutation_is_chosen_every_interval_steps_and_at_no_other(objective):
     model, optimizer = attached(network(), interval=3, candidates=5, objective=objective)
     layers, changed = layers_of(model), []
-    seeds = [seed_of(canonical(layer.nm_raw.detach()), 0) for layer in layers]
-    assert all(torch.equal(layer.nm_state.permutation, torch.arange(len(layer.nm_raw))) for layer in layers)
+    seeds = [seed_of(canonical(nm(layer).raw.detach()), 0) for layer in layers]
+    assert all(torch.equal(nm(layer).state.permutation, torch.arange(len(nm(layer).raw))) for layer in layers)
     for step in range(8):
-        before = [layer.nm_state.permutation.clone() for layer in layers]
-        masks = [layer.nm_mask() for layer in layers]
+        before = [nm(layer).state.permutation.clone() for layer in layers]
+        masks = [nm(layer).mask() for layer in layers]
         train(model, optimizer, [step])
-        same = [torch.equal(layer.nm_state.permutation, old) for layer, old in zip(layers, before, strict=True)]
+        same = [torch.equal(nm(layer).state.permutation, old) for layer, old in zip(layers, before, strict=True)]
         if not any(same):
             changed.append(step)
             for layer, mask, seed in zip(layers, masks, seeds, strict=True):
-                assert torch.equal(layer.nm_state.permutation, literal_choice(mask, seed, step, 5, objective))
+                assert torch.equal(nm(layer).state.permutation, literal_choice(mask, seed, step, 5, objective))
         else:
             assert all(same)
     assert changed == [0, 3, 6]
@@ -294,10 +295,10 @@ def test_the_gradient_criterion_ranks_by_the_whole_unscaled_gradient(micro_batch
         scaler.scale(F.mse_loss(model(part), wanted) / micro_batches).backward()
     scaler.step(optimizer)
     for layer, expected in zip(layers, literal, strict=True):
-        order, mask = layer.nm_state.permutation, layer.nm_mask().flatten(1)
+        order, mask = nm(layer).state.permutation, nm(layer).mask().flatten(1)
         kept = torch.zeros_like(mask)
         kept[order] = literal_backward_mask(expected.weight.grad.abs().float().flatten(1)[order], mask[order])
-        assert torch.equal(layer.nm_operand().backward.flatten(1) != 0, kept)
+        assert torch.equal(nm(layer).operand().backward.flatten(1) != 0, kept)
 
 
 def test_a_gradient_that_is_not_finite_ranks_last():
@@ -381,11 +382,11 @@ def test_without_permuting_the_rows_stay_in_their_order():
     literal_loss(dense, [torch.arange(len(layer.weight)) for layer in literal], *batch(0)).backward()
     train(model, optimizer, [0])
     for layer, expected in zip(layers_of(model), literal, strict=True):
-        assert torch.equal(layer.nm_state.permutation, torch.arange(len(layer.nm_raw)))
+        assert torch.equal(nm(layer).state.permutation, torch.arange(len(nm(layer).raw)))
         decayed = 2e-4 * (~literal_forward_mask(expected.weight.detach()) * expected.weight.detach())
-        assert torch.allclose(layer.nm_raw.grad, expected.weight.grad + decayed, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(nm(layer).raw.grad, expected.weight.grad + decayed, rtol=1e-9, atol=1e-12)
     train(model, optimizer, range(1, 4))
-    assert all(torch.equal(layer.nm_state.permutation, torch.arange(len(layer.nm_raw))) for layer in layers_of(model))
+    assert all(torch.equal(nm(layer).state.permutation, torch.arange(len(nm(layer).raw))) for layer in layers_of(model))
 
 
 @pytest.mark.parametrize("criterion", ["weight", "multinomial", "random"])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -111,7 +112,7 @@ def test_training_is_dense_until_t_i_unfinished_until_t_f_and_n_of_m_from_then_o
             F.mse_loss(m(x), target).backward()
             optimizer.step()
         same.append(torch.allclose(model(x), dense(x), rtol=1e-12, atol=0.0))
-        said.append([layer.nm_unfinished() for layer in (model[0], model[3])])
+        said.append([nm(layer).unfinished() for layer in (model[0], model[3])])
         kept = (model[3].weight != 0).reshape(-1, 4).sum(1)
         assert (kept == (2 if said[-1][1] is None else 4)).all()
     assert same == [True] * 3 + [False] * 5

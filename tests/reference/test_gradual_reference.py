@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -65,7 +66,7 @@ def train(model, optimizer, steps=TOTAL, before_step=lambda t: None, after_step=
 
 def kept_of_blocks(layer):
     """Count the weights of every block that the layer multiplies by; all blocks must agree."""
-    counts = (layer.weight.detach() != 0).unflatten(-1, (-1, layer.nm_told.pattern.m)).sum(-1)
+    counts = (layer.weight.detach() != 0).unflatten(-1, (-1, nm(layer).told.pattern.m)).sum(-1)
     assert int(counts.min()) == int(counts.max())
     return int(counts.max())
 
@@ -126,15 +127,15 @@ def test_hard_pruning_keeps_the_largest_of_those_still_kept_and_regrows_nothing(
 
     def before_step(t):
         for layer in layers(model):
-            before[layer] = layer.nm_raw.detach().clone(), layer.nm_mask().clone()
+            before[layer] = nm(layer).raw.detach().clone(), nm(layer).mask().clone()
 
     def after_step(t):
         nonlocal would_regrow
         for layer, (raw, mask) in before.items():
-            keep, kept = int(layer.nm_mask()[0, :16].sum()), int(mask[0, :16].sum())
+            keep, kept = int(nm(layer).mask()[0, :16].sum()), int(mask[0, :16].sum())
             assert keep <= kept
-            assert torch.equal(layer.nm_mask(), literal_mask(raw, mask, keep, 16) if keep < kept else mask)
-            free_choice = literal_mask(layer.nm_raw.detach(), torch.ones_like(mask), keep, 16)
+            assert torch.equal(nm(layer).mask(), literal_mask(raw, mask, keep, 16) if keep < kept else mask)
+            free_choice = literal_mask(nm(layer).raw.detach(), torch.ones_like(mask), keep, 16)
             would_regrow += int((free_choice & ~mask).sum())
 
     train(model, optimizer, before_step=before_step, after_step=after_step)
@@ -146,8 +147,8 @@ def test_hard_pruning_masks_the_gradient():
     train(model, optimizer, 6)
     F.mse_loss(model(batch(6)[0]), batch(6)[1]).backward()
     for layer in layers(model):
-        assert not layer.nm_raw.grad[~layer.nm_mask()].any()
-        assert layer.nm_raw.grad[layer.nm_mask()].all()
+        assert not nm(layer).raw.grad[~nm(layer).mask()].any()
+        assert nm(layer).raw.grad[nm(layer).mask()].all()
 
 
 def pruned_once(weights, mask, keep, step, fresh=False):
@@ -179,7 +180,7 @@ def test_gradual_srste_is_srste_with_the_same_keep_count(curve, t_i, t_f):
             train(model, optimizer, 1)
         for ours, theirs in zip(layers(gradual[0]), layers(srste[0]), strict=True):
             assert int(ours.nm_keep) == int(theirs.nm_keep)
-            assert torch.equal(ours.nm_raw, theirs.nm_raw)
+            assert torch.equal(nm(ours).raw, nm(theirs).raw)
             assert torch.equal(ours.weight, theirs.weight)
     assert int(ours.nm_keep) == 1
 
@@ -222,15 +223,15 @@ def test_only_weights_that_are_masked_at_the_moment_decay():
 
     def before_step(t):
         for layer in layers(model):
-            everything = torch.ones_like(layer.nm_raw, dtype=torch.bool)
+            everything = torch.ones_like(nm(layer).raw, dtype=torch.bool)
             keep = TABLE["1:4", "cubic"][min(t, 8)]
-            mask = literal_mask(layer.nm_raw.detach(), everything, keep, 4)
-            noted[layer] = layer.nm_raw.grad + decay * layer.nm_raw.detach().masked_fill(mask, 0.0)
+            mask = literal_mask(nm(layer).raw.detach(), everything, keep, 4)
+            noted[layer] = nm(layer).raw.grad + decay * nm(layer).raw.detach().masked_fill(mask, 0.0)
             decayed.append(int((~mask).sum()) / mask.numel())
 
     def in_optimizer(*_):
         for layer, expected in noted.items():
-            assert torch.equal(layer.nm_raw.grad, expected)
+            assert torch.equal(nm(layer).raw.grad, expected)
 
     optimizer.register_step_pre_hook(in_optimizer)
     train(model, optimizer, before_step=before_step)
@@ -273,7 +274,7 @@ def test_without_a_gradual_phase_srste_is_what_it_was_bit_for_bit(n, m):
             layer.weight.grad += 0.01 * layer.weight.detach().masked_fill(mask, 0.0)
         sgd.step()
         for layer, other in zip(layers(ours), former, strict=True):
-            assert torch.equal(layer.nm_raw, other.weight), t
+            assert torch.equal(nm(layer).raw, other.weight), t
             assert torch.equal(layer.bias, other.bias)
 
     train(ours, optimizer, after_step=former_step)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -144,7 +145,7 @@ def gradients_used(dense_phase, micro_batches, scaled):
     layers, plain = [model[0], model[3]], [dense[0], dense[3]]
     for ours, theirs in zip(layers, plain, strict=True):
         theirs.weight.data = ours.weight.detach().clone()
-    raw = [layer.nm_raw.detach().clone() for layer in layers]
+    raw = [nm(layer).raw.detach().clone() for layer in layers]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     nmgraph.attach(model, optimizer, total_steps=10)
     scaler = torch.amp.GradScaler(device="cpu", init_scale=1024.0, enabled=scaled)
@@ -153,7 +154,7 @@ def gradients_used(dense_phase, micro_batches, scaled):
         scaler.scale(F.mse_loss(model(part), wanted) / micro_batches).backward()
     scaler.step(optimizer)
     F.mse_loss(dense(x), target).backward()
-    moved = [(before - layer.nm_raw.detach()) / 0.5 for before, layer in zip(raw, layers, strict=True)]
+    moved = [(before - nm(layer).raw.detach()) / 0.5 for before, layer in zip(raw, layers, strict=True)]
     return raw, [layer.weight.grad for layer in plain], moved
 
 
@@ -186,7 +187,7 @@ def test_the_folded_network_gives_the_same_outputs(dtype):
     assert type(folded[0]) is nn.Conv2d
     assert torch.equal(folded(x), model(x))
     assert nmgraph.verify(folded).holds
-    raw = model[0].nm_raw.detach()
+    raw = nm(model[0]).raw.detach()
     support = literal_support(raw, Pattern(1, 4), 0.0)
     assert torch.equal(folded[0].weight != 0, support)
     assert not torch.allclose(folded[0].weight[support], raw[support], rtol=0.1)  # the query is folded in

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,7 +48,7 @@ def layers(model):
 
 
 def masks_of(model):
-    return [layer.nm_mask().clone() for layer in layers(model)]  # a copy: it is the buffer that is trained
+    return [nm(layer).mask().clone() for layer in layers(model)]  # a copy: it is the buffer that is trained
 
 
 def train(model, optimizer, before_step=lambda t: None, after_step=lambda t: None):
@@ -96,14 +97,14 @@ def literal_run(ws, masks, n, m):
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 16)])
 def test_a_whole_run_is_that_of_the_plain_loop(n, m):
     model, optimizer = converted(f"{n}:{m}")
-    start = [layer.nm_raw.detach().clone() for layer in layers(model)]
+    start = [nm(layer).raw.detach().clone() for layer in layers(model)]
     expected = literal_run(start, masks_of(model), n, m)
 
     def compare(t):
         for layer, (w, b, v) in zip(layers(model), expected[t], strict=True):
-            assert torch.equal(layer.nm_mask(), b), f"mask after step {t}"
+            assert torch.equal(nm(layer).mask(), b), f"mask after step {t}"
             torch.testing.assert_close(layer.weight.detach(), w, rtol=1e-9, atol=1e-11)
-            momentum = optimizer.state[layer.nm_raw]["momentum_buffer"]
+            momentum = optimizer.state[nm(layer).raw]["momentum_buffer"]
             torch.testing.assert_close(momentum * b, v, rtol=1e-9, atol=1e-11)
 
     train(model, optimizer, after_step=compare)
@@ -149,7 +150,7 @@ def test_backward_is_masked_except_on_the_step_of_a_change_and_the_optimizer_get
     dense_on = []
 
     def before_step(t):
-        outside = [layer.nm_raw.grad[~layer.nm_mask()] for layer in layers(model)]
+        outside = [nm(layer).raw.grad[~nm(layer).mask()] for layer in layers(model)]
         if all(bool(g.all()) for g in outside):
             dense_on.append(t)
         else:
@@ -157,7 +158,7 @@ def test_backward_is_masked_except_on_the_step_of_a_change_and_the_optimizer_get
 
     def in_optimizer(*_):
         for layer in layers(model):
-            assert not layer.nm_raw.grad[~layer.nm_mask()].any()
+            assert not nm(layer).raw.grad[~nm(layer).mask()].any()
 
     optimizer.register_step_pre_hook(in_optimizer)
     train(model, optimizer, before_step=before_step)
@@ -170,19 +171,19 @@ def test_new_weights_start_at_zero_without_momentum_and_those_that_stay_go_on():
 
     def before_step(t):
         noted["masks"] = masks_of(model)
-        noted["raw"] = [layer.nm_raw.detach().clone() for layer in layers(model)]
+        noted["raw"] = [nm(layer).raw.detach().clone() for layer in layers(model)]
         noted["momentum"] = [
-            optimizer.state[layer.nm_raw]["momentum_buffer"].clone() if t else None for layer in layers(model)
+            optimizer.state[nm(layer).raw]["momentum_buffer"].clone() if t else None for layer in layers(model)
         ]
 
     def in_optimizer(*_):
         nonlocal grown_in_all
         for layer, before, raw, momentum in zip(layers(model), *noted.values(), strict=True):
-            grown = layer.nm_mask() & ~before
+            grown = nm(layer).mask() & ~before
             grown_in_all += int(grown.sum())
-            assert torch.equal(layer.nm_raw.detach(), raw.masked_fill(grown, 0.0))
+            assert torch.equal(nm(layer).raw.detach(), raw.masked_fill(grown, 0.0))
             if momentum is not None:
-                now = optimizer.state[layer.nm_raw]["momentum_buffer"]
+                now = optimizer.state[nm(layer).raw]["momentum_buffer"]
                 assert torch.equal(now, momentum.masked_fill(grown, 0.0))
 
     optimizer.register_step_pre_hook(in_optimizer)
@@ -241,15 +242,15 @@ def test_a_static_mask_never_moves_while_its_weights_do():
     model = nmgraph.convert(network(), method="static")
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
     nmgraph.attach(model, optimizer, total_steps=TOTAL)
-    first, raw = masks_of(model), [layer.nm_raw.detach().clone() for layer in layers(model)]
+    first, raw = masks_of(model), [nm(layer).raw.detach().clone() for layer in layers(model)]
 
     def after_step(t):
         assert all(torch.equal(a, b) for a, b in zip(masks_of(model), first, strict=True))
 
     train(model, optimizer, after_step=after_step)
     for layer, mask, before in zip(layers(model), first, raw, strict=True):
-        assert (layer.nm_raw[mask] != before[mask]).all()
-        assert torch.equal(layer.nm_raw[~mask], before[~mask])
+        assert (nm(layer).raw[mask] != before[mask]).all()
+        assert torch.equal(nm(layer).raw[~mask], before[~mask])
         assert not layer.weight[~mask].any()
 
 

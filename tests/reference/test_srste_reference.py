@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -51,7 +52,7 @@ def batch(size):
 def gradients_used(optimizer_of, *, micro_batches=1, scaled=False, clipped=False, size=8):
     """Take one step of the converted network; give the gradients left behind, and by how much weights moved."""
     model = nmgraph.convert(network(), method="srste", decay=DECAY)
-    raw = [model[0].nm_raw, model[3].nm_raw]
+    raw = [nm(model[0]).raw, nm(model[3]).raw]
     before = [p.detach().clone() for p in raw]
     optimizer = optimizer_of(model.parameters())
     nmgraph.attach(model, optimizer, total_steps=10)
@@ -116,5 +117,5 @@ def test_without_decay_the_gradient_passes_straight_through():
     before = [p.grad.clone() for p in model.parameters()]
     optimizer.step()
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
-    dropped = ~literal_mask(model[3].nm_raw.detach())
-    assert (model[3].nm_raw.grad[dropped] != 0).all()
+    dropped = ~literal_mask(nm(model[3]).raw.detach())
+    assert (nm(model[3]).raw.grad[dropped] != 0).all()

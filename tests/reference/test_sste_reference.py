@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -127,11 +128,11 @@ def test_the_scale_is_the_least_squares_one():
 def test_the_scale_stays_as_it_was_at_conversion_in_training_and_through_a_file(tmp_path):
     model = nmgraph.convert(network(), method="sste")
     scales = [layer.nm_scale.clone() for layer in (model[0], model[3])]
-    first = model[0].nm_raw.detach().clone()
+    first = nm(model[0]).raw.detach().clone()
     train(model, 10)
     pattern = Pattern(2, 4)
-    anew = literal_scale(model[0].nm_raw.detach().movedim(1, -1).flatten().tolist(), pattern)
-    assert not torch.equal(model[0].nm_raw, first)
+    anew = literal_scale(nm(model[0]).raw.detach().movedim(1, -1).flatten().tolist(), pattern)
+    assert not torch.equal(nm(model[0]).raw, first)
     assert abs(anew - float(scales[0])) > 1e-4  # or a scale that is computed anew could not be told from it
     assert [layer.nm_scale for layer in (model[0], model[3])] == scales
 
@@ -142,7 +143,7 @@ def test_the_scale_stays_as_it_was_at_conversion_in_training_and_through_a_file(
 
     other = nmgraph.convert(network(), method="sste")
     with torch.no_grad():
-        other[0].nm_raw.mul_(2.0)
+        nm(other[0]).raw.mul_(2.0)
     other.load_state_dict(model.state_dict())
     assert [layer.nm_scale for layer in (other[0], other[3])] == scales
     finished = nmgraph.finalize(loaded)
@@ -159,13 +160,13 @@ def test_the_gradient_passes_straight_through():
         F.mse_loss(m(x), target).backward()
     for ours, theirs in zip(layers, plain, strict=True):
         # Neither the scale nor the mask is on it.
-        assert torch.allclose(ours.nm_raw.grad, theirs.weight.grad, rtol=1e-12, atol=0.0)
-        assert (ours.nm_raw.grad[~ours.nm_mask()] != 0).all()
-    before = [layer.nm_raw.grad.clone() for layer in layers]
+        assert torch.allclose(nm(ours).raw.grad, theirs.weight.grad, rtol=1e-12, atol=0.0)
+        assert (nm(ours).raw.grad[~nm(ours).mask()] != 0).all()
+    before = [nm(layer).raw.grad.clone() for layer in layers]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     nmgraph.attach(model, optimizer, total_steps=5)
     optimizer.step()
-    assert all(torch.equal(b, layer.nm_raw.grad) for b, layer in zip(before, layers, strict=True))
+    assert all(torch.equal(b, nm(layer).raw.grad) for b, layer in zip(before, layers, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -177,7 +178,7 @@ def test_a_weight_of_zeros_gives_zeros_and_still_gets_its_gradient(dtype):
     out = model(torch.ones(2, 8, dtype=dtype))
     out.sum().backward()
     assert torch.equal(out, torch.zeros(2, 4, dtype=dtype))
-    assert torch.equal(model[0].nm_raw.grad, torch.full((4, 8), 2.0, dtype=dtype))
+    assert torch.equal(nm(model[0]).raw.grad, torch.full((4, 8), 2.0, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -192,12 +193,12 @@ def test_a_half_precision_weight_keeps_its_dtype_and_the_pattern(dtype, text):
     weight = model[0].weight
     assert weight.dtype == dtype
     assert ((weight != 0).reshape(-1, pattern.m).sum(1) <= pattern.n).all()
-    rounded = model[0].nm_raw.detach().float().flatten().tolist()
+    rounded = nm(model[0]).raw.detach().float().flatten().tolist()
     expected = [scale * s for s in literal_threshold(rounded, pattern)]
     assert weight.float().flatten().tolist() == pytest.approx(expected, rel=0.01)
     x = torch.randn(4, 32, dtype=dtype)
     model(x).float().square().sum().backward()
-    assert model[0].nm_raw.grad.dtype == dtype
+    assert nm(model[0]).raw.grad.dtype == dtype
     made_in_half = nmgraph.convert(nn.Sequential(nn.Linear(32, 16).to(dtype)), method="sste", pattern=text)
-    raw = made_in_half[0].nm_raw.detach().float().flatten().tolist()
+    raw = nm(made_in_half[0]).raw.detach().float().flatten().tolist()
     assert float(made_in_half[0].nm_scale) == pytest.approx(literal_scale(raw, pattern), rel=1e-4)

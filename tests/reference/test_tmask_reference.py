@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
@@ -88,13 +89,13 @@ def test_training_equals_the_literal_method_step_by_step(steps, options):
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     nmgraph.attach(model, optimizer, total_steps=steps)
     for step in range(steps):
-        assert all(torch.equal(layer.nm_mask(), mask) for layer, mask in zip(layers, used[step], strict=True))
+        assert all(torch.equal(nm(layer).mask(), mask) for layer, mask in zip(layers, used[step], strict=True))
         x, target = batch(step)
         optimizer.zero_grad()
         F.mse_loss(model(x), target).backward()
         optimizer.step()
         for layer, weight in zip(layers, history[step], strict=True):
-            assert torch.allclose(layer.nm_raw.detach(), weight, rtol=1e-9, atol=1e-12)
+            assert torch.allclose(nm(layer).raw.detach(), weight, rtol=1e-9, atol=1e-12)
 
 
 def test_the_mask_is_searched_at_steps_40_and_80_and_at_no_other():
@@ -105,12 +106,12 @@ def test_the_mask_is_searched_at_steps_40_and_80_and_at_no_other():
     for step in range(100):
         with torch.no_grad():
             for layer in layers:
-                layer.nm_raw.copy_(torch.randn_like(layer.nm_raw))  # another mask would be best at every step
-        before = [layer.nm_mask().clone() for layer in layers]
+                nm(layer).raw.copy_(torch.randn_like(nm(layer).raw))  # another mask would be best at every step
+        before = [nm(layer).mask().clone() for layer in layers]
         optimizer.step()
-        if not all(torch.equal(layer.nm_mask(), mask) for layer, mask in zip(layers, before, strict=True)):
+        if not all(torch.equal(nm(layer).mask(), mask) for layer, mask in zip(layers, before, strict=True)):
             changed.append(step)
-            assert all(torch.equal(layer.nm_mask(), literal_mask(layer.nm_raw.detach())) for layer in layers)
+            assert all(torch.equal(nm(layer).mask(), literal_mask(nm(layer).raw.detach())) for layer in layers)
     assert changed == [40, 80]
 
 
@@ -118,13 +119,13 @@ def test_a_weight_that_is_masked_comes_back_when_it_has_grown():
     layer = nmgraph.convert(nn.Sequential(nn.Linear(4, 4, bias=False)), method="tmask", interval=1)[0]
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     nmgraph.attach(layer, optimizer, total_steps=10)
-    row, column = (~layer.nm_mask()).nonzero()[0].tolist()
+    row, column = (~nm(layer).mask()).nonzero()[0].tolist()
     with torch.no_grad():
-        layer.nm_raw[row, column] = 100.0
+        nm(layer).raw[row, column] = 100.0
     optimizer.step()
-    assert not layer.nm_mask()[row, column]  # step 0 keeps the first mask
+    assert not nm(layer).mask()[row, column]  # step 0 keeps the first mask
     optimizer.step()
-    assert layer.nm_mask()[row, column]
+    assert nm(layer).mask()[row, column]
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
@@ -132,7 +133,7 @@ def test_a_weight_that_is_masked_comes_back_when_it_has_grown():
 def test_forward_and_input_gradient_both_multiply_by_an_n_m_weight(kind, sizes, shape, pattern):
     layer = nn.Sequential(kind(*sizes, bias=False, dtype=torch.float64))
     layer = nmgraph.convert(layer, method="tmask", pattern=pattern)[0]
-    outputs, pattern = layer.nm_raw.shape[0], Pattern.parse(pattern)
+    outputs, pattern = nm(layer).raw.shape[0], Pattern.parse(pattern)
     # One row of x for every output, and dY the identity: what comes back is the weight of dX = dY W.
     x = torch.zeros(outputs, *shape, dtype=torch.float64, requires_grad=True)
     layer(x).reshape(outputs, outputs).backward(torch.eye(outputs, dtype=torch.float64))
@@ -149,13 +150,13 @@ def test_forward_and_input_gradient_both_multiply_by_an_n_m_weight(kind, sizes, 
 def test_the_decay_is_added_once_however_a_gradient_is_put_together(micro_batches, scaled):
     model, layers = converted(decay=DECAY)
     dense = network()
-    masks = [literal_mask(layer.nm_raw.detach()) for layer in layers]
+    masks = [literal_mask(nm(layer).raw.detach()) for layer in layers]
     for i, mask in zip((0, 3), masks, strict=True):
         dense[i].weight.data *= mask
     x, target = batch(0)
     F.mse_loss(dense(x), target).backward()
     expected = [
-        dense[i].weight.grad + DECAY * (~mask * layer.nm_raw.detach())
+        dense[i].weight.grad + DECAY * (~mask * nm(layer).raw.detach())
         for i, mask, layer in zip((0, 3), masks, layers, strict=True)
     ]
 
@@ -166,7 +167,7 @@ def test_the_decay_is_added_once_however_a_gradient_is_put_together(micro_batche
         scaler.scale(F.mse_loss(model(part), wanted) / micro_batches).backward()
     scaler.step(optimizer)
     for layer, gradient in zip(layers, expected, strict=True):
-        assert torch.allclose(layer.nm_raw.grad, gradient, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(nm(layer).raw.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_without_decay_the_gradient_passes_straight_through():
@@ -178,11 +179,11 @@ def test_without_decay_the_gradient_passes_straight_through():
     before = [p.grad.clone() for p in model.parameters()]
     optimizer.step()
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
-    assert all((layer.nm_raw.grad[~layer.nm_mask()] != 0).all() for layer in layers)
+    assert all((nm(layer).raw.grad[~nm(layer).mask()] != 0).all() for layer in layers)
 
 
 def test_outputs_that_fill_no_whole_tile_keep_both_ways_n_m():
     layer = nmgraph.convert(nn.Sequential(nn.Linear(8, 10)), method="tmask", pattern="2:4")[0]
-    mask = layer.nm_mask()
+    mask = nm(layer).mask()
     assert (mask.reshape(10, 2, 4).sum(-1) == 2).all()
     assert all((part.sum(0) <= 2).all() for part in mask.split(4))

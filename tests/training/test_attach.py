@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from handles import nm
 from torch import nn
 
 import nmgraph
@@ -37,7 +38,7 @@ def take_steps(model, optimizer, steps):
 
 
 def clocks(model):
-    return [layer.nm_clock.tolist() for layer in model if hasattr(layer, "nm_clock")]
+    return [nm(layer).clock.tolist() for layer in model if hasattr(layer, "nm_clock")]
 
 
 @pytest.mark.parametrize("total_steps", [0, -1, True, 1.5, 10.0, "10", None])
@@ -203,7 +204,7 @@ def test_a_shorter_schedule_catches_up_at_once():
     optimizer = sgd(model)
     nmgraph.attach(model, optimizer, total_steps=1000)
     take_steps(model, optimizer, 5)
-    assert all(layer.nm_mask().all() for layer in (model[0], model[2]))
+    assert all(nm(layer).mask().all() for layer in (model[0], model[2]))
     nmgraph.attach(model, optimizer, total_steps=6)
     take_steps(model, optimizer, 1)
     assert nmgraph.verify(nmgraph.finalize(model)).holds
@@ -221,8 +222,8 @@ def test_two_optimizers_may_share_a_model():
             last.step()
         model.zero_grad()
     assert clocks(model) == [[10, 10], [5, 20]]
-    assert (model[0].nm_mask().view(8, 4, 4).sum(-1) == 2).all()
-    assert model[2].nm_unfinished() is not None
+    assert (nm(model[0]).mask().view(8, 4, 4).sum(-1) == 2).all()
+    assert nm(model[2]).unfinished() is not None
 
 
 def test_a_model_may_be_attached_inside_a_larger_one():
@@ -234,7 +235,7 @@ def test_a_model_may_be_attached_inside_a_larger_one():
     nmgraph.attach(model, optimizer, total_steps=6)
     take_steps(whole, optimizer, 4)
     assert clocks(model) == [[6, 6], [6, 6]]
-    assert not any(layer.nm_unfinished() for layer in (model[0], model[2]))
+    assert not any(nm(layer).unfinished() for layer in (model[0], model[2]))
 
 
 def test_every_score_moves_with_the_current_learning_rate_of_its_weight():
@@ -243,27 +244,27 @@ def test_every_score_moves_with_the_current_learning_rate_of_its_weight():
     optimizer = torch.optim.SGD(groups)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     nmgraph.attach(model, optimizer, total_steps=100)
-    wanted = {layer: torch.zeros_like(layer.nm_raw) for layer in (model[0], model[2])}
+    wanted = {layer: torch.zeros_like(nm(layer).raw) for layer in (model[0], model[2])}
     for rates in ((0.2, 0.4), (0.1, 0.2)):
         optimizer.zero_grad()
         model(torch.randn(8, 16)).square().mean().backward()
         for (layer, total), rate in zip(wanted.items(), rates, strict=True):
-            total -= rate * layer.nm_raw.detach() * layer.nm_raw.grad
+            total -= rate * nm(layer).raw.detach() * nm(layer).raw.grad
         optimizer.step()
         schedule.step()
     for layer, total in wanted.items():
-        assert torch.allclose(layer.nm_state.accumulator[:, 0], total, atol=1e-7)
+        assert torch.allclose(nm(layer).state.accumulator[:, 0], total, atol=1e-7)
 
 
 @both
 def test_a_layer_made_sparse_by_hand_trains_without_any_conversion(method):
     layer = nn.Linear(16, 8)
-    sparsify(layer, "layer", Recipe(METHODS[method](), Pattern(2, 4)), Training())
+    sparsify(layer, "weight", "layer", Recipe(METHODS[method](), Pattern(2, 4)), Training())
     optimizer = sgd(layer)
     Controller(layer, optimizer, 6)
     take_steps(layer, optimizer, 6)
-    assert layer.nm_clock.tolist() == [6, 6]
-    assert layer.nm_unfinished() is None
+    assert nm(layer).clock.tolist() == [6, 6]
+    assert nm(layer).unfinished() is None
     assert (layer.weight.view(8, 4, 4) != 0).sum(-1).max() == 2
 
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -62,10 +63,10 @@ def test_every_method_that_needs_its_steps_says_so(method, said):
 
 def test_what_is_said_of_srste_is_true(said):
     model = network("srste", decay=0.1)
-    before = model[0].nm_mask()
+    before = nm(model[0]).mask()
     with torch.no_grad():
-        model[0].nm_raw.copy_(model[0].nm_raw.flip(1))
-    assert not torch.equal(model[0].nm_mask(), before)  # its masks do move, attached or not
+        nm(model[0]).raw.copy_(nm(model[0]).raw.flip(1))
+    assert not torch.equal(nm(model[0]).mask(), before)  # its masks do move, attached or not
     take_steps(model)
     assert "masks do not move" not in said()[0]
 
@@ -150,7 +151,7 @@ def test_an_averaged_copy_follows_the_masks_and_is_not_told(said):
         average.train()
     assert said() == []
     assert nmgraph.verify(nmgraph.finalize(average.module)).holds
-    assert torch.equal(average.module[0].nm_mask(), model[0].nm_mask())
+    assert torch.equal(nm(average.module[0]).mask(), nm(model[0]).mask())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 
 import nmgraph
@@ -176,7 +177,7 @@ class Run:
     def __init__(self, make):
         self.model = nmgraph.convert(nn.Linear(16, 8, bias=False), method="bame", gain="adam", **OPTIONS)
         with torch.no_grad():
-            self.model.nm_raw.mul_(1e-3)
+            nm(self.model).raw.mul_(1e-3)
         self.optimizer = make(self.model.parameters())
         nmgraph.attach(self.model, self.optimizer, total_steps=TOTAL)
         self.optimizer.register_step_pre_hook(self.look)  # after attach's own
@@ -198,9 +199,9 @@ class Run:
         return (args[0], noting, *args[2:]), kwargs
 
     def note(self):
-        raw = self.model.nm_raw
+        raw = nm(self.model).raw
         state = {k: v.clone() for k, v in self.optimizer.state.get(raw, {}).items() if isinstance(v, torch.Tensor)}
-        self.seen.append((raw.detach().clone(), raw.grad.clone(), self.model.nm_mask().clone(), state))
+        self.seen.append((raw.detach().clone(), raw.grad.clone(), nm(self.model).mask().clone(), state))
 
     def closure(self):
         self.optimizer.zero_grad()
@@ -214,13 +215,13 @@ class Run:
     def train(self, each=lambda before, after: None):
         """Call ``each(mask before, weight after)`` once per step."""
         for _ in range(TOTAL):
-            mask = self.model.nm_mask().clone()
+            mask = nm(self.model).mask().clone()
             if isinstance(self.optimizer, optim.LBFGS):
                 self.optimizer.step(self.closure)
             else:
                 self.closure()
                 self.optimizer.step()
-            each(mask, self.model.nm_raw.detach())
+            each(mask, nm(self.model).raw.detach())
 
 
 @KINDS
@@ -260,7 +261,7 @@ def test_training_goes_on_with_finite_values_and_grown_weights_move(make, moment
     run.train(each)
     assert grown_in_all >= 5
     assert math.isfinite(run.loss)
-    for value in run.optimizer.state[run.model.nm_raw].values():
+    for value in run.optimizer.state[nm(run.model).raw].values():
         assert not isinstance(value, torch.Tensor) or value.isfinite().all()
 
 
@@ -272,7 +273,7 @@ def test_a_grown_weight_begins_its_averages_anew_under_adam(options):
         nonlocal compared
         _, grad, mask, _ = run.seen[-1]
         grown = mask & ~before
-        state = run.optimizer.state[run.model.nm_raw]
+        state = run.optimizer.state[nm(run.model).raw]
         torch.testing.assert_close(state["exp_avg"][grown], 0.1 * grad[grown])
         torch.testing.assert_close(state["exp_avg_sq"][grown], 0.01 * grad[grown].square())
         compared += int(grown.sum())

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 from variants import VARIANTS
@@ -93,7 +94,7 @@ def test_a_checkpoint_loaded_into_the_running_model_takes_it_back(variant):
     wanted = copy.deepcopy(model.state_dict())
     model.load_state_dict(checkpoint[0])
     optimizer.load_state_dict(checkpoint[1])
-    assert model[0].nm_clock.tolist() == [3, STEPS]
+    assert nm(model[0]).clock.tolist() == [3, STEPS]
     train(model, optimizer, range(3, STEPS))
     assert equal(model.state_dict(), wanted)
 
@@ -107,7 +108,7 @@ def test_the_state_of_a_trained_model_loads_strictly_into_a_fresh_one(variant):
     x = torch.randn(8, 8, 4, 4)
     assert torch.equal(fresh(x), model(x))
     assert nmgraph.verify(nmgraph.finalize(fresh)).holds
-    assert fresh[0].nm_clock.tolist() == [STEPS, STEPS]
+    assert nm(fresh[0]).clock.tolist() == [STEPS, STEPS]
 
 
 @every

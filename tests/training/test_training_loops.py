@@ -5,11 +5,12 @@ import io
 
 import pytest
 import torch
+from handles import nm
 from torch import nn
 from torch.nn import functional as F
 
 import nmgraph
-from nmgraph.layers.masked import masked_layers
+from nmgraph.layers.masked import masked_weights
 from nmgraph.methods import METHODS
 
 STEPS = 30
@@ -304,13 +305,13 @@ def test_lbfgs_which_evaluates_many_times_updates_once_per_step(method):
 @both
 def test_training_beyond_the_last_step_keeps_the_pattern(method):
     model, optimizer = trained(method)
-    masks = {name: layer.nm_mask() for name, layer in masked_layers(model).items()}
+    masks = {name: nm(layer).mask() for name, layer in masked_weights(model).items()}
     for step in range(STEPS, STEPS + 5):
         take_step(model, optimizer, step)
-    assert model[0].nm_clock.tolist() == [STEPS + 5, STEPS]
+    assert nm(model[0]).clock.tolist() == [STEPS + 5, STEPS]
     assert nmgraph.verify(nmgraph.finalize(model)).holds
     if method == "lbc":
-        assert all(torch.equal(layer.nm_mask(), masks[name]) for name, layer in masked_layers(model).items())
+        assert all(torch.equal(nm(layer).mask(), masks[name]) for name, layer in masked_weights(model).items())
 
 
 @pytest.mark.parametrize("silent", [range(5, 6), range(6), range(3, 8), range(4, 12)])
@@ -325,7 +326,7 @@ def test_a_layer_without_gradients_for_some_steps_ends_at_its_pattern_too(silent
         y = model["always"](x) if step in silent else model["always"](x) + model["sometimes"](x)
         y.square().mean().backward()
         optimizer.step()
-    assert {name: layer.nm_unfinished() for name, layer in masked_layers(model).items()} == {
+    assert {name: nm(layer).unfinished() for name, layer in masked_weights(model).items()} == {
         "always": None,
         "sometimes": None,
     }
@@ -339,13 +340,13 @@ def test_a_nan_in_one_gradient_does_not_poison_the_scores():
         optimizer.zero_grad()
         loss_of(model, step).backward()
         if step == 3:
-            model[3].nm_raw.grad[0, :5] = torch.nan
-            model[3].nm_raw.grad[1, 7] = torch.inf
+            nm(model[3]).raw.grad[0, :5] = torch.nan
+            nm(model[3]).raw.grad[1, 7] = torch.inf
         optimizer.step()
-    for layer in masked_layers(model).values():
-        assert torch.isfinite(layer.nm_state.accumulator).all()
-        assert torch.isfinite(layer.nm_state.velocity).all()
-        assert layer.nm_unfinished() is None
+    for layer in masked_weights(model).values():
+        assert torch.isfinite(nm(layer).state.accumulator).all()
+        assert torch.isfinite(nm(layer).state.velocity).all()
+        assert nm(layer).unfinished() is None
 
 
 @both
@@ -366,5 +367,5 @@ def test_pruned_weights_stay_zero_in_the_answer_whatever_momentum_and_decay_do(m
     model, optimizer = trained(method)
     for step in range(3):
         take_step(model, optimizer, step)
-        for layer in masked_layers(model).values():
-            assert torch.equal(layer.weight == 0, ~layer.nm_mask())
+        for layer in masked_weights(model).values():
+            assert torch.equal(layer.operand().forward == 0, ~layer.mask())

@@ -1,0 +1,49 @@
+"""The kinds of layers whose ``weight`` is multiplied by their input, and which axis of it is summed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_BY_AXIS: dict[type[nn.Module], int] = {
+    nn.Linear: 1,
+    nn.Conv1d: 1,
+    nn.Conv2d: 1,
+    nn.Conv3d: 1,
+    nn.ConvTranspose1d: 0,
+    nn.ConvTranspose2d: 0,
+    nn.ConvTranspose3d: 0,
+}
+_HF_CONV1D = "transformers.pytorch_utils", "Conv1D"  # a linear layer with its weight transposed
+
+
+def layer_base(module: nn.Module) -> type[nn.Module] | None:
+    """Give the class among a module's bases that makes it a layer of a known kind; None if there is none."""
+    for base in type(module).__mro__:
+        if base in _BY_AXIS or (base.__module__, base.__name__) == _HF_CONV1D:
+            return base
+    return None
+
+
+def is_layer(module: object) -> bool:
+    """Tell whether a module multiplies its input by its ``weight``."""
+    return isinstance(module, nn.Module) and layer_base(module) is not None
+
+
+def layer_axis(module: nn.Module) -> int:
+    """Give the reduction axis of a layer's weight: 1, or 0 for transposed convolutions and Hugging Face's Conv1D."""
+    base = layer_base(module)
+    assert base is not None
+    return _BY_AXIS.get(base, 0)
+
+
+def is_transposed_convolution(module: nn.Module) -> bool:
+    """Tell whether a layer's groups divide axis 0 of its weight, its input channels."""
+    return isinstance(module, nn.modules.conv._ConvTransposeNd)
+
+
+def reduction_length(module: Any) -> int:
+    """Count the input channels that one output of a layer sums over at one kernel position."""
+    groups = module.groups if is_transposed_convolution(module) else 1
+    return int(module._parameters["weight"].shape[layer_axis(module)]) // groups

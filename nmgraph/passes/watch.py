@@ -1,0 +1,151 @@
+"""Run a model once and watch its products: which parameters are multiplied by, along which axis, at what cost.
+
+A graph shows what a forward says; a run shows what it does, whatever Python leads there. Below autograd everything is
+one of a few products of matrices, and a weight in them is known by the memory it lies in: a transposed, selected or
+split view still has the strides of its parameter's axes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nmgraph.layers.kinds import is_layer
+from nmgraph.passes.products import Use, axis_of
+from nmgraph.passes.structure import copy_structure, share_parameters
+
+_PRODUCTS = {
+    "mm": {0: -1, 1: -2}, "bmm": {0: -1, 1: -2}, "_grouped_mm": {0: -1, 1: -2}, "addmm": {1: -1, 2: -2},
+    "baddbmm": {1: -1, 2: -2}, "_addmm_activation": {1: -1, 2: -2}, "linear": {1: -1},
+}  # fmt: skip
+_COPIES = {"_to_copy", "clone", "copy"}
+
+
+@dataclass
+class Watched:
+    """What a run showed.
+
+    Attributes:
+        calls: how often each module was called, by qualified name.
+        uses: of bare parameters in products, each once.
+        macs: multiply-accumulate operations with each parameter, by its qualified name.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    uses: list[Use] = field(default_factory=list)
+    macs: Counter[str] = field(default_factory=Counter)
+
+
+def watch(model: nn.Module, run: Callable[[nn.Module], Any]) -> Watched:
+    """Run a copy that shares the parameters, in evaluation mode, and watch it."""
+    watched = copy_structure(model, share_parameters).eval()
+    found = Watched()
+    for name, module in watched.named_modules():
+        module.register_forward_pre_hook(lambda _module, _args, name=name: found.calls.update([name]))
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer shows no products
+    try:
+        with torch.random.fork_rng(devices=devices), _Spy(watched, found):
+            run(watched)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return found
+
+
+def prefer(seen: list[Use], read: list[Use]) -> list[Use]:
+    """Join what a run showed of parameters and what a graph said of them: of the same one, the run counts."""
+    ran = {use.parameter for use in seen}
+    return seen + [use for use in read if use.parameter not in ran]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Part of a memory that holds a parameter, or a copy of one: its axes by their strides."""
+
+    parameter: str
+    begin: int
+    end: int
+    axes: dict[int, int]
+    dims: int
+    computed: bool = False
+
+
+class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, model: nn.Module, found: Watched) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = found
+        self.spans: dict[int, list[_Span]] = {}  # by memory
+        self.held = {f"{path}.weight".lstrip(".") for path, m in model.named_modules() if is_layer(m)}
+        self.constants = {_memory(b) for b in model.buffers()}
+        self.alive: list[Tensor] = []  # or their memory would be used again
+        for name, p in model.named_parameters():
+            axes = {stride: i for i, (size, stride) in enumerate(zip(p.shape, p.stride(), strict=True)) if size > 1}
+            begin = int(p.storage_offset())
+            self.spans.setdefault(_memory(p), []).append(_Span(name, begin, begin + p.numel(), axes, p.dim()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "convolution":
+            self._note(args[1], 0 if args[6] else 1, (args[0] if args[6] else out).numel() * args[1][0].numel(), "conv")
+        elif name in _PRODUCTS:
+            for place, axis in _PRODUCTS[name].items():
+                summed = args[place].shape[axis]
+                self._note(args[place], axis, out.numel() * summed, "matmul")
+        elif name == "embedding":
+            self._note(args[0], None, 0, "embedding")
+        elif isinstance(out, Tensor):
+            self._follow(name, out, [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)])
+        return out
+
+    def _note(self, weight: Tensor, axis: int | None, macs: int, function: str) -> None:
+        span = self._span(weight)
+        if span is None or span.dims < 2:
+            return
+        axes = tuple(span.axes.get(stride) if size > 1 else None for size, stride in _layout(weight))
+        along = None if axis is None or span.computed else axis_of(axes, axis, span.dims, function)
+        use = Use(span.parameter, function, along, span.computed)
+        if use not in self.found.uses and span.parameter not in self.held:
+            self.found.uses.append(use)
+        if axis is not None:
+            self.found.macs[span.parameter] += macs
+
+    def _follow(self, name: str, out: Tensor, given: list[Tensor]) -> None:
+        """Note what a new memory holds, if nothing but parameters and constants went into it."""
+        memory = _memory(out)
+        if memory in self.spans or memory in self.constants:
+            return  # a view
+        spans = [self._span(t) for t in given]
+        of_parameters = [s for s in spans if s is not None]
+        if not of_parameters or any(
+            s is None and _memory(t) not in self.constants for s, t in zip(spans, given, strict=True)
+        ):
+            return
+        source, copied = of_parameters[0], name in _COPIES and len(given) == 1
+        axes = {
+            stride: source.axes[old]
+            for (size, stride), (_, old) in zip(_layout(out), _layout(given[0]), strict=False)
+            if copied and size > 1 and old in source.axes
+        }
+        computed = source.computed or not copied
+        self.spans[memory] = [_Span(source.parameter, 0, out.numel(), axes, source.dims, computed)]
+        self.alive.append(out)
+
+    def _span(self, t: Tensor) -> _Span | None:
+        place = t.storage_offset()
+        return next((s for s in self.spans.get(_memory(t), ()) if s.begin <= place < s.end or s.computed), None)
+
+
+def _memory(t: Tensor) -> int:
+    return int(t.untyped_storage()._cdata)
+
+
+def _layout(t: Tensor) -> Iterator[tuple[int, int]]:
+    return zip(t.shape, t.stride(), strict=True)
