@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from nmgraph.checkpoint.dense_file import make_model, state_of
+from nmgraph.checkpoint.dense_file import make_model, open_dense, state_of
 from nmgraph.checkpoint.factory import load_weights
 from nmgraph.checkpoint.hugging_face import find_hugging_face_manifest, open_hugging_face
 from nmgraph.checkpoint.hugging_face_write import require_hugging_face, write_hugging_face
@@ -270,7 +270,9 @@ def verify(
         return verify_model(read_nm_file(content, str(path), _made(model, trust), trust), wanted)
     if isinstance(content, nn.Module):
         return verify_model(content, wanted)
-    state, dense = state_of(content, path), _made(model, trust)
+    if isinstance(model, str):
+        return verify_model(open_dense(path, factory=model, trust=trust), wanted)
+    state, dense = state_of(content, path), model
     if dense is None:
         return verify_tensors(path.name, state, wanted)
     load_weights(dense, state, str(path))

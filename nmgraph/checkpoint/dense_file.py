@@ -151,23 +151,14 @@ def fitting_keys(state: Mapping[str, Any], wanted: set[str]) -> tuple[dict[str, 
 
 def _filled(path: Path, state: dict[str, Any], factory: str, trust: Sequence[str]) -> Dense:
     """Make the model of a state_dict, and load it."""
-    if NamedModel.names(factory) and not Path(factory).exists():
-        named, model = NamedModel.parse(factory).make_for(state, lambda made: _fits(made, state))
-        factory = str(named)
-    else:
-        model = make_model(factory, trust)
+    model = make_model(factory, trust)
     fitting, prefix = fitting_keys(state, set(model.state_dict()))
+    if NamedModel.names(factory) and not Path(factory).exists():
+        named, model = NamedModel.parse(factory).make_for(fitting, model)
+        factory = str(named)
     load_weights(model, fitting, str(path))
     notes = (f"All keys of {path.name} begin with {prefix!r}, which was taken off.",) if prefix else ()
     return Dense(model, factory, notes)
-
-
-def _fits(model: nn.Module, state: Mapping[str, Any]) -> bool:
-    own = model.state_dict()
-    found, _ = fitting_keys(state, set(own))
-    return found.keys() == own.keys() and all(
-        not isinstance(t, Tensor) or getattr(found[key], "shape", None) == t.shape for key, t in own.items()
-    )
 
 
 def _weights_alone(path: Path) -> dict[str, Tensor] | None:

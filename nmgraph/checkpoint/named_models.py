@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,24 +92,23 @@ class NamedModel:
             raise FileError(f"{self} gave a {type(model).__name__}; it must give a torch.nn.Module.")
         return model
 
-    def make_for(self, state: dict[str, Any], fits: Any) -> tuple[NamedModel, nn.Module]:
+    def make_for(self, state: Mapping[str, Any], usual: nn.Module) -> tuple[NamedModel, nn.Module]:
         """Make the model that a state_dict fits, with another number of classes if that is all that differs.
 
         Args:
-            state: the weights.
-            fits: ``fits(model)`` tells whether the state_dict goes into a model.
+            state: the weights, by the model's own keys.
+            usual: what :meth:`make` gave.
 
         Returns:
             The name with its number of classes, and the model; those as named if no number of classes helps.
         """
-        usual = self.make()
-        if "num_classes" in self.options or fits(usual):
+        if "num_classes" in self.options or _fits(usual, state):
             return self, usual
         for count in _class_counts(usual, state):
             other = replace(self, options={**self.options, "num_classes": count})
             with contextlib.suppress(FileError):
                 model = other.make()
-                if fits(model):
+                if _fits(model, state):
                     return other, model
         return self, usual
 
@@ -154,10 +153,17 @@ def _torchvision(library: Any, name: str, options: dict[str, Any]) -> Any:
     return library.models.get_model(name, weights=None, **backbone, **options)
 
 
-def _class_counts(model: nn.Module, state: dict[str, Any]) -> list[int]:
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(t.shape) for key, t in state.items() if isinstance(t, Tensor)}
+
+
+def _fits(model: nn.Module, state: Mapping[str, Any]) -> bool:
+    return _shapes(model.state_dict()) == _shapes(state)
+
+
+def _class_counts(model: nn.Module, state: Mapping[str, Any]) -> list[int]:
     """Give the numbers of classes that a state_dict may be for: the outputs it has where the model has others."""
-    own = {k: tuple(t.shape) for k, t in model.state_dict().items() if isinstance(t, Tensor)}
-    found = {k: tuple(t.shape) for k, t in state.items() if isinstance(t, Tensor)}
+    own, found = _shapes(model.state_dict()), _shapes(state)
     other = (found[k][0] for k in own if k in found and found[k] != own[k] and found[k] and found[k][1:] == own[k][1:])
     return list(dict.fromkeys(other))[:_TRIES]
 
