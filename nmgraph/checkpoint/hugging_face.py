@@ -28,6 +28,7 @@ from nmgraph.passes.manifest import Manifest
 MANIFEST_FILE = "nmgraph.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LISTED = 8
+_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # of a backbone that timm makes
 
 
 def open_hugging_face(directory: Path) -> tuple[nn.Module, tuple[str, ...]]:
@@ -157,11 +158,14 @@ def _require_nothing_outside(directory: Path, config: dict[str, Any]) -> None:
     said = {
         "quantization_config": "its weights are quantized. Convert the original, in float32, float16 or bfloat16",
         "transformers_weights": "it names other files for its weights. Write it again with save_pretrained",
+        "checkpoint_path": "it names other files for its weights. Write it again with save_pretrained",
         "fusion_config": "it asks for fused layers. Write it again without",
     }
     for key, value in _entries(config):
         if key in said and value is not None:
             raise FileError(f"{directory / 'config.json'}: {key}: {said[key]}.")
+        if str(value).startswith(_ELSEWHERE):
+            raise FileError(f"{directory / 'config.json'}: {key}: {value!s:.60} would be fetched from elsewhere.")
         if key.strip("_").endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
             raise UntrustedError(
                 f"{directory / 'config.json'}: {key} names code on the hub ({value!s:.60}), which is never run. Take it out."

@@ -243,6 +243,9 @@ def test_code_in_the_directory_is_never_run(bert, tmp_path):
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config: its weights are quantized."),
         ({"transformers_weights": "../x.safetensors"}, "transformers_weights: it names other files for its weights."),
         ({"fusion_config": {"a": 1}}, "fusion_config: it asks for fused layers."),
+        ({"model_args": {"checkpoint_path": "evil.pth"}}, "checkpoint_path: it names other files for its weights."),
+        ({"architecture": "local-dir:/tmp/x"}, "architecture: local-dir:/tmp/x would be fetched from elsewhere."),
+        ({"backbone": "hf-hub:x/y"}, "backbone: hf-hub:x/y would be fetched from elsewhere."),
         ({"text_config": {"quantization_config": {}}}, "quantization_config: its weights are quantized."),
     ],
 )
