@@ -23,7 +23,7 @@ import nmgraph
 from nmgraph import api
 from nmgraph.checkpoint.dense_file import default_output, read_dense
 from nmgraph.checkpoint.named_models import NamedModel
-from nmgraph.errors import ConversionError, FileError, MethodError, NMGraphError
+from nmgraph.errors import ConversionError, ExportError, FileError, MethodError, NMGraphError
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import masked_weights
@@ -141,8 +141,10 @@ def inspect(
     with _answering(json, debug), _progress(json, 1) as progress:
         recipe = Recipe(make_method(method), Pattern.parse(pattern))
         dense = read_dense(model, factory=factory, trust=trust)
-        found = api.plan(dense.model, recipe, inputs=_inputs(input), progress=progress).manifest()
-        _answer(json, {**found.to_dict(), "notes": dense.notes}, found, "\n".join(dense.notes))
+        inputs = _inputs(input) or _usual_inputs(dense.model)
+        found = api.plan(dense.model, recipe, inputs=inputs, progress=progress).manifest()
+        told = {"coverage": found.coverage, "macs_coverage": found.macs_coverage, "notes": dense.notes}
+        _answer(json, found.to_dict() | told, found, "\n".join(dense.notes))
 
 
 @app.command()
@@ -367,6 +369,16 @@ def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     if not (key and equals and value):
         raise ConversionError(f"{option} {text!r} has another form than {form}.")
     return key, value
+
+
+def _usual_inputs(model: Any) -> Any:
+    """Find inputs that a model takes, to count its operations; None if it does not say what it takes."""
+    from nmgraph.export.inputs import find_inputs
+
+    try:
+        return find_inputs(model, None)
+    except ExportError:
+        return None  # the table goes without that column
 
 
 def _inputs(texts: list[str]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nmgraph.errors import ExportError, first_line
 from nmgraph.layers.kinds import is_layer
@@ -29,13 +29,13 @@ class Inputs:
     """What a model is called with.
 
     Attributes:
-        args: positional tensors.
-        kwargs: tensors by name.
+        args: positional tensors, or lists, tuples and dicts of tensors.
+        kwargs: the same by name.
         source: where they come from, in words.
     """
 
-    args: tuple[Tensor, ...]
-    kwargs: dict[str, Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     source: str
 
     def call(self, model: nn.Module) -> Any:
@@ -61,17 +61,19 @@ class Inputs:
         return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs)
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], str, str], ...]:
-        """List (shape, dtype, name) of each, positional ones without a name."""
+        """List (shape, dtype, name) of each, positional ones without a name; none if one is more than a tensor."""
+        if not all(isinstance(t, Tensor) for t in (*self.args, *self.kwargs.values())):
+            return ()
         named = [("", t) for t in self.args] + list(self.kwargs.items())
         return tuple((tuple(t.shape), str(t.dtype).removeprefix("torch."), name) for name, t in named)
 
     def on_cpu(self, dtype: torch.dtype) -> Inputs:
         """Move them to the CPU, and give floating-point ones another dtype."""
 
-        def cast(t: Tensor) -> Tensor:
-            return t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype)
+        def cast(t: Any) -> Any:
+            return t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype) if isinstance(t, Tensor) else t
 
-        return Inputs(tuple(map(cast, self.args)), {k: cast(t) for k, t in self.kwargs.items()}, self.source)
+        return Inputs(tree_map(cast, self.args), tree_map(cast, self.kwargs), self.source)
 
     def named(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Give them by the names an exported file has for them, in its order."""
@@ -79,12 +81,15 @@ class Inputs:
         return {name: values[name] for name in names}
 
     def __str__(self) -> str:
-        shapes = [_spell(t) for t in self.args] + [f"{name}={_spell(t)}" for name, t in self.kwargs.items()]
+        shapes = [_spell(t) for t in tree_leaves(self.args)]
+        shapes += [f"{name}={' '.join(map(_spell, tree_leaves(t)))}" for name, t in self.kwargs.items()]
         return f"{', '.join(shapes)} ({self.source})"
 
 
 def make_inputs(given: Any) -> Inputs:
-    """Turn what a user passes - a tensor, a tuple of tensors, a dict of tensors - into inputs.
+    """Turn what a user passes - a tensor, a tuple of arguments, a dict of arguments by name - into inputs.
+
+    An argument may be a tensor, a plain value, or a list, tuple or dict of these.
 
     Raises:
         ExportError: if it is none of these.
@@ -93,9 +98,12 @@ def make_inputs(given: Any) -> Inputs:
         return given
     if isinstance(given, Tensor):
         return Inputs((given,), {}, "given")
-    if isinstance(given, Mapping) and all(isinstance(t, Tensor) for t in given.values()):
+    leaves = tree_leaves(given)
+    plain = all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves)
+    plain = plain and any(isinstance(leaf, Tensor) for leaf in leaves)
+    if isinstance(given, Mapping) and plain:
         return Inputs((), {str(name): t for name, t in given.items()}, "given")
-    if isinstance(given, (tuple, list)) and all(isinstance(t, Tensor) for t in given):
+    if isinstance(given, (tuple, list)) and plain:
         return Inputs(tuple(given), {}, "given")
     raise ExportError(
         f"example_inputs is a {type(given).__name__}; it must be a tensor, a tuple of tensors or a dict of tensors by argument name."
@@ -194,5 +202,7 @@ def make_up(shape: tuple[int, ...], dtype: str) -> Tensor:
         raise ExportError(f"an input of {size} can't be made: {first_line(error)}") from error
 
 
-def _spell(t: Tensor) -> str:
+def _spell(t: Any) -> str:
+    if not isinstance(t, Tensor):
+        return repr(t)
     return "x".join(map(str, t.shape)) + ("" if t.dtype == torch.float32 else f":{str(t.dtype).removeprefix('torch.')}")

@@ -261,13 +261,14 @@ class SplitMasked(Masked):
 
     nm_splits = True
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Multiply by the masked weight; send the input gradient through the backward one."""
+        x, *rest = (*args, *kwargs.values())  # torch calls the first one input, others x
         masked = MaskedWeight(self)
         operand = masked.operand()
         if operand.backward is None:
             raise RuntimeError(f"{masked.site}: {masked.told.method.name} promised a backward weight and gave none.")
-        return split_forward(self, x, operand.forward, operand.backward, *args, **kwargs)
+        return split_forward(self, x, operand.forward, operand.backward, *rest)
 
 
 def sparsify(layer: nn.Module, key: str, site: str, recipe: Recipe, training: Training) -> MaskedWeight:
@@ -284,9 +285,7 @@ def sparsify(layer: nn.Module, key: str, site: str, recipe: Recipe, training: Tr
     assert raw is not None
     assert not (isinstance(layer, Masked) and key in layer.nm_notes)
     with torch.no_grad():
-        # A method may look at values, which a weight on the meta device has not.
-        weight = torch.zeros_like(raw, device="cpu") if raw.is_meta else raw
-        state = recipe.method.init(canonical(weight, recipe.reduction_axis), recipe.pattern)
+        state = _initial_state(raw, recipe)
     for name, value in state._asdict().items():
         layer.register_buffer(_prefix(key) + name, value.to(raw.device))
     clock = torch.zeros(2, dtype=torch.int64, device=raw.device)  # steps done, total
@@ -294,6 +293,17 @@ def sparsify(layer: nn.Module, key: str, site: str, recipe: Recipe, training: Tr
     layer.register_buffer(f"{_prefix(key)}recipe", recipe.to_tensor().to(raw.device))
     splits = recipe.method.splits_backward and key == "weight" and is_layer(layer)
     return MaskedWeight(_take_note(layer, key, Note(site, recipe, training), splits), key)
+
+
+def _initial_state(raw: Tensor, recipe: Recipe) -> Any:
+    try:
+        return recipe.method.init(canonical(raw, recipe.reduction_axis), recipe.pattern)
+    except NotImplementedError:
+        if not raw.is_meta:
+            raise
+        # This method looks at values, which a weight on the meta device has not.
+        zeros = torch.zeros_like(raw, device="cpu")
+        return recipe.method.init(canonical(zeros, recipe.reduction_axis), recipe.pattern)
 
 
 def follow(layer: nn.Module, key: str, leader: MaskedWeight) -> None:

@@ -18,7 +18,7 @@ from nmgraph.layers.kinds import is_layer, is_transposed_convolution, layer_axis
 from nmgraph.layers.masked import Masked, site_name
 from nmgraph.layers.recipe import Recipe
 from nmgraph.nm.grouping import FLAT, Axis
-from nmgraph.passes.products import Use
+from nmgraph.passes.products import LOOKUP, Use
 from nmgraph.passes.structure import copy_structure
 from nmgraph.passes.trace import Uses
 
@@ -210,6 +210,9 @@ def _along(products: list[Use]) -> dict[str, Any]:
     """Say along which axis bare products sum, or what forbids one."""
     axes = {use.axis for use in products}
     function = products[0].function
+    if function == LOOKUP:
+        refusal = Refusal("it is a table that rows are looked up in, by products with ones and zeros", "it stays dense")
+        return {"obstacle": refusal}
     if any(use.computed for use in products):
         refusal = Refusal(
             f"{function} multiplies by something computed from this parameter, where its zeros may not be zeros",

@@ -31,6 +31,7 @@ class Entry:
         converted: whether it is sparse-trainable.
         how: the way it was converted.
         axis: the reduction axis of its weight, or ``flat``.
+        fits: the usual patterns that would fit it, the nearest density first.
         calls: how often one forward calls it, where the graph shows that.
         macs: multiply-accumulate operations with it in one forward, where example inputs were run.
         reason: why it was skipped.
@@ -44,6 +45,7 @@ class Entry:
     converted: bool
     how: str = ""
     axis: Axis = 1
+    fits: tuple[str, ...] = ()
     calls: int | None = None
     macs: int | None = None
     reason: str = ""
@@ -97,6 +99,12 @@ class Manifest:
         total = sum(e.parameters for e in self.entries)
         return sum(e.parameters for e in self.converted) / total if total else 0.0
 
+    @property
+    def macs_coverage(self) -> float | None:
+        """Share of the multiply-accumulate operations with the sites' weights that was converted; None if not known."""
+        total = sum(e.macs or 0 for e in self.entries)
+        return sum(e.macs or 0 for e in self.converted) / total if total else None
+
     def seen_from(self, path: str) -> Manifest:
         """Give the manifest of a module at ``path`` with the names that its owner uses; its inputs are not the owner's."""
         if not path:
@@ -117,19 +125,24 @@ class Manifest:
     def from_json(cls, text: str) -> Manifest:
         """Read what :meth:`to_json` wrote."""
         values = json.loads(text)
-        entries = tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in values["entries"])
+        tuples = ("shape", "fits")
+        entries = tuple(Entry(**entry | {key: tuple(entry[key]) for key in tuples}) for entry in values["entries"])
         inputs = tuple((tuple(shape), dtype, name) for shape, dtype, name in values["inputs"])
         return cls(values["method"], entries, inputs, values["untraced"])
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.converted)} sites converted, {len(self.skipped)} skipped, {self.coverage:.1%} of their weights"
-        )
+        shares = f"{self.coverage:.1%} of their weights"
+        if self.macs_coverage is not None:
+            shares += f" and {self.macs_coverage:.1%} of their operations"
+        return f"{len(self.converted)} sites converted, {len(self.skipped)} skipped, {shares}"
 
     def __rich__(self) -> Table:
+        weights, macs = sum(e.parameters for e in self.entries), sum(e.macs or 0 for e in self.entries)
         table = Table(title=f"{self.method}: {self}", title_justify="left", header_style="bold")
-        for column in ("site", "kind", "shape", "pattern", "decision"):
-            table.add_column(column, overflow="fold", no_wrap=column in ("kind", "shape"))
+        shares = {"weights": weights, **({"operations": macs} if macs else {})}
+        for column in ("site", "kind", "shape", *shares, "pattern", "decision"):
+            justify: Any = "right" if column in shares else "left"
+            table.add_column(column, overflow="fold", no_wrap=column in ("kind", "shape"), justify=justify)
         for entry in self.entries:
             decision = "[green]converted" if entry.converted else f"[yellow]skipped[/]: {escape(entry.reason)}"
             if entry.converted and entry.axis == FLAT:
@@ -139,9 +152,12 @@ class Manifest:
             if entry.remedy:
                 decision += f"; [dim]{escape(entry.remedy)}"
             shape = "x".join(map(str, entry.shape))
-            table.add_row(
-                escape(entry.name) or "(root)", entry.kind, shape, entry.pattern if entry.converted else "-", decision
-            )
+            parts = [
+                f"{(n or 0) / whole:.1%}"
+                for n, whole in zip((entry.parameters, entry.macs), shares.values(), strict=False)
+            ]
+            pattern = entry.pattern if entry.converted else "-"
+            table.add_row(escape(entry.name) or "(root)", entry.kind, shape, *parts, pattern, decision)
         if self.untraced:
             shown = [f"{name} ({why})" for name, why in list(self.untraced.items())[:4]]
             shown += [f"{len(self.untraced) - 4} more"] * (len(self.untraced) > 4)

@@ -19,6 +19,9 @@ from torch.nn import functional as F
 
 from nmgraph.nm.grouping import Axis
 
+LOOKUP = "one-hot lookup"
+"""A product with ones and zeros, which only selects."""
+
 Axes: TypeAlias = "tuple[int | None, ...]"
 """Of each axis of a value, which axis of the parameter it is; None where it is none, or more than one."""
 

@@ -103,6 +103,7 @@ class Decision:
             converted=refusal is None,
             how=self._how() if refusal is None else "",
             axis=self.recipe.reduction_axis,
+            fits=tuple(map(str, self.recipe.pattern.fitting(self.length))),
             calls=site.calls,
             macs=site.macs,
             reason=refusal.reason if refusal else "",

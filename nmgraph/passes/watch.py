@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmgraph.layers.kinds import is_layer
-from nmgraph.passes.products import Use, axis_of
+from nmgraph.passes.products import LOOKUP, Use, axis_of
 from nmgraph.passes.structure import copy_structure, share_parameters
 
 _PRODUCTS = {
@@ -96,19 +96,22 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "convolution":
             self._note(args[1], 0 if args[6] else 1, (args[0] if args[6] else out).numel() * args[1][0].numel(), "conv")
         elif name in _PRODUCTS:
+            both = 3 if 2 in _PRODUCTS[name] else 1  # the places of the two factors, added
             for place, axis in _PRODUCTS[name].items():
                 summed = args[place].shape[axis]
-                self._note(args[place], axis, out.numel() * summed, "matmul")
+                self._note(args[place], axis, out.numel() * summed, "matmul", args[both - place])
         elif name == "embedding":
             self._note(args[0], None, 0, "embedding")
         elif isinstance(out, Tensor):
             self._follow(name, out, [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)])
         return out
 
-    def _note(self, weight: Tensor, axis: int | None, macs: int, function: str) -> None:
+    def _note(self, weight: Tensor, axis: int | None, macs: int, function: str, other: Tensor | None = None) -> None:
         span = self._span(weight)
         if span is None or span.dims < 2:
             return
+        if other is not None and span.parameter not in self.held and _is_one_hot(other):
+            function, axis = LOOKUP, None
         axes = tuple(span.axes.get(stride) if size > 1 else None for size, stride in _layout(weight))
         along = None if axis is None or span.computed else axis_of(axes, axis, span.dims, function)
         use = Use(span.parameter, function, along, span.computed)
@@ -141,6 +144,10 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _span(self, t: Tensor) -> _Span | None:
         place = t.storage_offset()
         return next((s for s in self.spans.get(_memory(t), ()) if s.begin <= place < s.end or s.computed), None)
+
+
+def _is_one_hot(t: Tensor) -> bool:
+    return not t.is_meta and bool(((t == 0) | (t == 1)).all()) and bool((t.sum(-1) == 1).all())
 
 
 def _memory(t: Tensor) -> int:

@@ -8,7 +8,9 @@ import torch
 from handles import nm
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
+from nmgraph.layers.kinds import layer_axis
 from nmgraph.layers.masked import SplitMasked, Training, sparsify
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods.contract import Method, Operand, Update
@@ -55,13 +57,14 @@ class Forgetful(TwoMasks):
 
 
 def split(layer, method=None):
-    sparsify(layer, "weight", "site", Recipe(method or TwoMasks(), Pattern(2, 4)), Training())
+    recipe = Recipe(method or TwoMasks(), Pattern(2, 4), layer_axis(layer))
+    sparsify(layer, "weight", "site", recipe, Training())
     return layer
 
 
 def masks(layer):
     shape = tuple(nm(layer).raw.shape)
-    return [restore(mask, shape) for mask in nm(layer).state]
+    return [restore(mask, shape, layer_axis(layer)) for mask in nm(layer).state]
 
 
 def literal(layer, x, dy):
@@ -111,6 +114,17 @@ LAYERS = {
     "conv2d without a batch": (nn.Conv2d, (8, 4, 3), {}, (8, 7, 6)),
     "conv3d": (nn.Conv3d, (4, 4, 2), {}, (2, 4, 4, 3, 5)),
     "conv3d strided": (nn.Conv3d, (4, 4, 2), {"stride": 2, "padding": 1, "dilation": 2}, (2, 4, 5, 6, 5)),
+    "transposed conv1d": (nn.ConvTranspose1d, (8, 4, 3), {}, (2, 8, 9)),
+    "transposed conv2d": (nn.ConvTranspose2d, (8, 4, 3), {"stride": 2, "padding": 1}, (2, 8, 5, 6)),
+    "transposed conv2d without a batch": (nn.ConvTranspose2d, (8, 4, 2), {"stride": 2}, (8, 5, 6)),
+    "transposed conv2d, output padded": (
+        nn.ConvTranspose2d,
+        (8, 4, 3),
+        {"stride": (2, 1), "padding": 1, "output_padding": (1, 2), "dilation": (1, 3), "groups": 2, "bias": False},
+        (2, 8, 5, 6),
+    ),
+    "transposed conv3d": (nn.ConvTranspose3d, (4, 4, 2), {"stride": 2}, (2, 4, 3, 2, 3)),
+    "Hugging Face's Conv1D": (Conv1D, (8, 12), {}, (2, 5, 12)),
 }
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from handles import nm
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import nmgraph
+from nmgraph.layers.kinds import layer_axis
 from nmgraph.layers.masked import Masked, Training, masked_weights, sparsify, unmask
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import METHODS, make_method
@@ -24,15 +26,18 @@ KINDS = {
     "Conv2d": lambda: nn.Conv2d(16, 8, 3),
     "Conv2d 1x1": lambda: nn.Conv2d(16, 8, 1),
     "Conv3d": lambda: nn.Conv3d(16, 8, 2),
+    "ConvTranspose2d": lambda: nn.ConvTranspose2d(16, 8, 3),
+    "Conv1D": lambda: Conv1D(8, 16),
 }
 SHAPES = {"Linear": (2, 16), "Conv1d": (2, 16, 5), "Conv2d": (2, 16, 5, 5), "Conv2d 1x1": (2, 16, 5, 5)}
-SHAPES["Conv3d"] = (2, 16, 4, 4, 4)
+SHAPES |= {"Conv3d": (2, 16, 4, 4, 4), "ConvTranspose2d": (2, 16, 5, 5), "Conv1D": (2, 16)}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def sparse(layer, method="srste", pattern="2:4", site="fc"):
     """Make a layer sparse-trainable; LBC's masks are random half-way ones, as a fresh state masks nothing."""
-    sparsify(layer, "weight", site, Recipe(make_method(method), Pattern.parse(pattern)), Training())
+    recipe = Recipe(make_method(method), Pattern.parse(pattern), layer_axis(layer))
+    sparsify(layer, "weight", site, recipe, Training())
     if method == "lbc":
         layer._buffers["nm_mask"].copy_(torch.rand(layer._buffers["nm_mask"].shape) > 0.5)
     return layer

@@ -181,7 +181,9 @@ def test_example_inputs_the_model_does_not_take():
     )
 
 
-@pytest.mark.parametrize(("given", "kind"), [(3, "int"), ((torch.zeros(2, 16), 3), "tuple"), ({"input": 3}, "dict")])
+@pytest.mark.parametrize(
+    ("given", "kind"), [(3, "int"), ((torch.zeros(2, 16), nn.Linear), "tuple"), ({"input": 3}, "dict")]
+)
 def test_example_inputs_of_another_kind(given, kind):
     assert message(ExportError, mlp(), example_inputs=given) == (
         f"example_inputs is a {kind}; it must be a tensor, a tuple of tensors or a dict of tensors by argument name."

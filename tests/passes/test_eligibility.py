@@ -426,3 +426,37 @@ def test_patterns_hold_layer_by_layer_in_the_finalized_model():
     assert patterns["encoder.layers.0.linear1"] == ("1:4", 0.25)
     assert patterns["encoder.layers.0.linear2"] == ("2:4", 0.5)
     assert patterns["head"] == ("4:8", 0.5)
+
+
+def test_table_that_a_run_shows_to_be_looked_up_by_one_hot_products_stays_dense():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Parameter(torch.randn(8, 16)), nn.Linear(16, 8)
+
+        def forward(self, positions):
+            return self.head(F.one_hot(positions, 8).to(self.table.dtype) @ self.table)
+
+    reason, _ = reason_and_remedy(Positions(), "table", example_inputs=torch.arange(5))
+    assert reason == "it is a table that rows are looked up in, by products with ones and zeros"
+
+
+def test_parameter_of_a_module_that_cannot_be_followed_is_listed_until_a_run_shows_its_use():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix, self.offset = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(4, 8))
+            self.body = nn.Linear(16, 16)
+
+        def forward(self, x):
+            x = self.body(x)
+            return (x @ self.matrix if x.sum() > 0 else -x @ self.matrix) + self.offset
+
+    for site in ("matrix", "offset"):
+        assert reason_and_remedy(Branches(), site) == (
+            "the forward of Branches can't be followed, so it is not known whether it is a weight",
+            "give example inputs (--input): a run shows what is multiplied",
+        )
+    found = entries(Branches(), example_inputs=torch.randn(4, 16))
+    assert sorted(found) == ["body", "matrix"]
+    assert (found["matrix"].converted, found["matrix"].axis, found["matrix"].macs) == (True, 0, 4 * 16 * 8)
