@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,8 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 def main() -> None:
     """Run the command line; modules in the current directory are found, after the installed ones."""
     sys.path.append(os.getcwd())
+    # torch's own, when the graph of an exported program is copied.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
     app()
 
 
