@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
-from nmgraph.checkpoint.dense_file import state_of
-from nmgraph.checkpoint.factory import call_factory, load_weights
+from nmgraph.checkpoint.dense_file import make_model, open_dense, state_of
+from nmgraph.checkpoint.factory import load_weights
+from nmgraph.checkpoint.hugging_face import find_hugging_face_manifest, open_hugging_face
+from nmgraph.checkpoint.hugging_face_write import require_hugging_face, write_hugging_face
 from nmgraph.checkpoint.nm_file import is_nm_file, read_nm_file, write_nm_file
 from nmgraph.checkpoint.tensors import load_compressed, verify_safetensors
 from nmgraph.checkpoint.trusted import load_trusted
@@ -33,7 +36,7 @@ from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, w
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
 from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, restrict, rewrite
-from nmgraph.passes.structure import copy_structure, duplicate, share_parameters, unwrapped
+from nmgraph.passes.structure import copy_structure, duplicate, find_sharded, share_parameters, unwrapped
 from nmgraph.passes.trace import Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
@@ -245,9 +248,9 @@ def verify(
     """Check that weights keep to their pattern, and say which are ready for TensorRT's 2:4 sparse tactics.
 
     Args:
-        model_or_path: a module, or a ``.pt``, ``.nm.pt``, ``.safetensors`` or ``.onnx`` file.
+        model_or_path: a module, a ``.pt``, ``.nm.pt``, ``.safetensors`` or ``.onnx`` file, or a Hugging Face directory.
         pattern: to check against; by default each site's own as recorded, or 2:4 for all weights it fits.
-        model: for a file that does not hold its module: the dense model, or ``"pkg.mod:factory"``.
+        model: for a file that does not hold its module: the dense model, or what makes it, as for :func:`load`.
         trust: packages whose pickled classes may be loaded, besides the usual.
 
     Raises:
@@ -257,6 +260,12 @@ def verify(
     if isinstance(model_or_path, nn.Module):
         return verify_model(model_or_path, wanted)
     path = Path(model_or_path)
+    if path.is_dir():
+        whole, _ = open_hugging_face(path)
+        recorded = find_hugging_face_manifest(path)
+        if recorded is not None:
+            write_manifest(whole, recorded)
+        return verify_model(whole, wanted)
     if path.suffix == ".onnx":
         from nmgraph.export.proof import load_onnx, verify_onnx
 
@@ -265,10 +274,12 @@ def verify(
         return verify_safetensors(path, wanted)
     content = load_trusted(path, str(path), trust)
     if is_nm_file(content):
-        return verify_model(read_nm_file(content, str(path), _made(model), trust), wanted)
+        return verify_model(read_nm_file(content, str(path), _made(model, trust), trust), wanted)
     if isinstance(content, nn.Module):
         return verify_model(content, wanted)
-    state, dense = state_of(content, path), _made(model)
+    if isinstance(model, str):
+        return verify_model(open_dense(path, factory=model, trust=trust), wanted)
+    state, dense = state_of(content, path), model
     if dense is None:
         return verify_tensors(path.name, state, wanted)
     load_weights(dense, state, str(path))
@@ -286,6 +297,7 @@ def export(
     trt_command: bool = False,
     project: str | Pattern | None = None,
     safetensors: bool = False,
+    hf: bool = False,
     precision: str = "fp32",
     force: bool = False,
     overwrite: bool = False,
@@ -306,6 +318,7 @@ def export(
             magnitude; the report says what that took away.
         safetensors: write the weights as ``model.safetensors``, of converted ones only what they keep; ``load`` and
             ``verify`` read it.
+        hf: write a Hugging Face model as the directory ``hf/`` that ``from_pretrained`` reads, and read it back.
         precision: of the written weights: ``fp32``, ``fp16`` or ``bf16``.
         force: prune unfinished masks by what the method knows; the report names them.
         overwrite: replace an earlier export in ``directory``.
@@ -323,7 +336,7 @@ def export(
         raise ExportError("a TensorRT engine is built from the ONNX file: leave onnx on (no --no-onnx).")
     if not compare and not trt:
         raise ExportError("there is no engine to compare: --no-compare (compare=False) goes with --trt.")
-    if not onnx and not safetensors:
+    if not (onnx or safetensors or hf):
         raise ExportError("there is nothing to export: leave onnx on, or ask for safetensors.")
     # Only here: onnx and onnxruntime take a second to import.
     from nmgraph.export.bundle import dtype_of, require_export_directory, write_bundle
@@ -334,6 +347,8 @@ def export(
     require_export_directory(directory)
     model = unwrapped(model)
     recorded = require_manifest(model)
+    if hf:
+        require_hugging_face(model)
     if trt or trt_command:
         require_sparse_sites(recorded, projected=target is not None)
     progress("finalizing")
@@ -362,6 +377,7 @@ def export(
         pruned=pruned,
         projected=projected,
         tensorrt=TensorRT(tensorrt, compare) if trt or trt_command else None,
+        write_hf=partial(write_hugging_face, manifest=recorded) if hf else None,
         progress=progress,
     )
 
@@ -389,7 +405,8 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
     Args:
         model: a converted model.
         path: where to.
-        factory: ``"pkg.mod:function"`` that makes the dense model, for classes that cannot be pickled.
+        factory: what makes the dense model, for classes that cannot be pickled: ``"pkg.mod:function"``, or
+            ``"timm:NAME"`` or ``"torchvision:NAME"``, which ``load`` then makes without being told again.
 
     Raises:
         FileError: if it cannot be written; an old file is unchanged then.
@@ -404,31 +421,33 @@ def load(path: str | Path, *, model: nn.Module | str | None = None, trust: Seque
 
     Args:
         path: the file; a ``.safetensors`` one as ``export`` writes it.
-        model: the dense model to convert and load into, or ``"pkg.mod:factory"``, instead of the one in the file. For a
+        model: the dense model to convert and load into, instead of the one in the file; or what makes it:
+            ``"timm:NAME"``, ``"torchvision:NAME"``, ``"pkg.mod:factory"``, or the path of a dense model. For a
             ``.safetensors`` file it has to be given: its weights are replaced, its dtype and device stay.
-        trust: packages whose pickled classes may be loaded, besides torch, torchvision, timm and transformers.
+        trust: packages whose pickled classes may be loaded, besides torch, torchvision, timm and transformers;
+            ``torch.export`` allows exported programs (``.pt2``).
 
     Raises:
         FileError: if the file cannot be read or does not fit the model.
         UntrustedError: listing what it names outside the trusted packages; nothing of it was imported.
     """
     if Path(path).suffix == ".safetensors":
-        return load_compressed(Path(path), _made(model))
+        return load_compressed(Path(path), _made(model, trust))
     content = load_trusted(Path(path), str(path), trust)
     if not is_nm_file(content):
         raise FileError(
             f"{path} is no converted model. Make one with nmgraph.convert and nmgraph.save, or `nmgraph convert {path}`."
         )
-    return read_nm_file(content, str(path), _made(model), trust)
+    return read_nm_file(content, str(path), _made(model, trust), trust)
 
 
-def _made(model: nn.Module | str | None) -> nn.Module | None:
-    return call_factory(model) if isinstance(model, str) else model
+def _made(model: nn.Module | str | None, trust: Sequence[str]) -> nn.Module | None:
+    return make_model(model, trust) if isinstance(model, str) else model
 
 
 def _require_plain(model: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise ConversionError(f"a {type(model).__name__} can't be converted; give a torch.nn.Module.")
+        raise ConversionError(f"a {type(model).__name__} can't be converted; {_model_inside(model)}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ConversionError(
             f"{type(model).__name__} is TorchScript, whose layers can't be changed. Convert the Python model."
@@ -438,6 +457,19 @@ def _require_plain(model: Any) -> None:
         raise ConversionError(
             f"the model is wrapped in {type(model).__name__}. Convert the {type(inner).__name__} inside first, and wrap it after."
         )
+    sharded = find_sharded(model)
+    if sharded:
+        raise ConversionError(f"{sharded}. Convert the model before it is sharded, and shard it after.")
+
+
+def _model_inside(value: Any) -> str:
+    """Say which attribute of what is no module holds the model: a Trainer's, a pipeline's."""
+    held = [name for name, inner in getattr(value, "__dict__", {}).items() if isinstance(inner, nn.Module)]
+    # A Trainer holds it twice: bare, and as it is wrapped for training.
+    names = ["model"] if "model" in held else held
+    if names:
+        return f"it holds the model: give its .{' or .'.join(names)}."
+    return "give a torch.nn.Module."
 
 
 def _as_graph(model: nn.Module, inputs: Inputs | None, how: Tracing) -> fx.GraphModule:

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,8 @@ from rich.table import Table
 
 import nmgraph
 from nmgraph import api
-from nmgraph.checkpoint.dense_file import open_dense
-from nmgraph.checkpoint.factory import call_factory
+from nmgraph.checkpoint.dense_file import default_output, read_dense
+from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.errors import ConversionError, ExportError, FileError, MethodError, NMGraphError
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
@@ -44,12 +45,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A pickled module, or a state_dict with --model.")]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A pickled module, a Hugging Face directory, timm:NAME, torchvision:NAME, or weights with --model.",
+    ),
+]
 ConvertedArgument = Annotated[
     Path, typer.Argument(metavar="CONVERTED", help="A .nm.pt file, as `nmgraph convert` writes it.")
 ]
 FactoryOption = Annotated[
-    str | None, typer.Option("--model", metavar="PKG.MOD:FACTORY", help="What makes the dense model.")
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PKG.MOD:FACTORY",
+        help="What makes the dense model; also timm:NAME or torchvision:NAME, with ,KEY=VALUE for options.",
+    ),
 ]
 TrustOption = Annotated[
     list[str], typer.Option("--trust", metavar="PACKAGE", help="Import this package if the file names its classes.")
@@ -92,6 +104,8 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 def main() -> None:
     """Run the command line; modules in the current directory are found, after the installed ones."""
     sys.path.append(os.getcwd())
+    # torch's own, when the graph of an exported program is copied.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
     app()
 
 
@@ -129,10 +143,11 @@ def inspect(
     """Show what `convert` would make of every layer, and change nothing."""
     with _answering(json, debug), _progress(json, 1) as progress:
         recipe = Recipe(make_method(method), Pattern.parse(pattern))
-        dense = open_dense(model, factory=factory, trust=trust)
-        found = api.plan(dense, recipe, inputs=_inputs(input) or _usual_inputs(dense), progress=progress).manifest()
-        totals = {"coverage": found.coverage, "macs_coverage": found.macs_coverage}
-        _answer(json, found.to_dict() | totals, found)
+        dense = read_dense(model, factory=factory, trust=trust)
+        inputs = _inputs(input) or _usual_inputs(dense.model)
+        found = api.plan(dense.model, recipe, inputs=inputs, progress=progress).manifest()
+        told = {"coverage": found.coverage, "macs_coverage": found.macs_coverage, "notes": dense.notes}
+        _answer(json, found.to_dict() | told, found, "\n".join(dense.notes))
 
 
 @app.command()
@@ -157,31 +172,31 @@ def convert(
 ) -> None:
     """Make a model's layers sparse-trainable, and write it beside the model as .nm.pt."""
     with _answering(json, debug), _progress(json, _CONVERT_STAGES) as progress:
-        _require_no_directory(model)
-        out = output or model.with_name(f"{model.stem}.nm.pt")
+        out = output or default_output(model)
         require_writable(out, overwrite=overwrite)
-        if out.exists() and out.samefile(model):
+        if out.exists() and model.exists() and out.samefile(model):
             raise FileError(f"{out} is the dense model itself, and is kept. Choose another place with -o.")
         options = _options(method, set)
         layers = dict(_pair(text, "--layer", "GLOB=N:M") for text in layer)
-        dense = open_dense(model, factory=factory, trust=trust)
+        dense = read_dense(model, factory=factory, trust=trust)
         converted = nmgraph.convert(
-            dense, method=method, pattern=pattern, skip=skip, include=include, layers=layers, example_inputs=_inputs(input),
+            dense.model, method=method, pattern=pattern, skip=skip, include=include, layers=layers, example_inputs=_inputs(input),
             keep_dense=None if keep_dense is None else [end.strip() for end in keep_dense.split(",") if end.strip()],
             block_axis=block_axis, preset=preset, progress=progress, **options,
         )  # fmt: skip
-        nmgraph.save(converted, out, factory=factory)
+        nmgraph.save(converted, out, factory=dense.factory)
         found = nmgraph.manifest(converted)
-        again = ["nmgraph", "export", str(out), *(["--model", factory] if factory else [])]
+        named = dense.factory and not NamedModel.names(dense.factory)  # a library's own model is made again unasked
+        again = ["nmgraph", "export", str(out), *(["--model", str(dense.factory)] if named else [])]
         again += [word for package in trust for word in ("--trust", package)]
-        note = f"Wrote {out}. Train it, then: {shlex.join(again)}"
+        note = "\n".join([*dense.notes, f"Wrote {out}. Train it, then: {shlex.join(again)}"])
         told = next(iter(masked_weights(converted).values())).told
         settings: dict[str, Any] = {"options": told.method.options()}
         if preset:
             published = find_preset(method, preset)
             settings["preset"] = {"name": preset, **dataclasses.asdict(published)}
             note = f"{_explain(preset, published, told.method.options(), keep_dense, block_axis)}\n{note}"
-        _answer(json, {"output": str(out), **settings, **found.to_dict()}, found, note)
+        _answer(json, {"output": str(out), **settings, **found.to_dict(), "notes": dense.notes}, found, note)
 
 
 @app.command()
@@ -194,7 +209,7 @@ def status(
 ) -> None:
     """Show how far a converted model's training has come, layer by layer."""
     with _answering(json, debug):
-        model = nmgraph.load(converted, model=call_factory(factory) if factory else None, trust=trust)
+        model = nmgraph.load(converted, model=factory, trust=trust)
         rows = []
         for name, weight in masked_weights(model).items():
             step, total = weight.clock.tolist()
@@ -234,6 +249,7 @@ def export(
     ] = None,
     no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Write no ONNX file.")] = False,
     safetensors: Annotated[bool, typer.Option("--safetensors", help="Write the weights, compressed.")] = False,
+    hf: Annotated[bool, typer.Option("--hf", help="Write a Hugging Face model's directory, hf/, too.")] = False,
     precision: Annotated[
         str, typer.Option("--precision", metavar="fp32|fp16|bf16", help="Of the written weights.")
     ] = "fp32",
@@ -255,10 +271,10 @@ def export(
         _require_no_directory(converted)
         out = output or converted.with_name(f"{converted.name.removesuffix('.pt').removesuffix('.nm')}-export")
         require_writable(out, overwrite=overwrite)
-        model = nmgraph.load(converted, model=call_factory(factory) if factory else None, trust=trust)
+        model = nmgraph.load(converted, model=factory, trust=trust)
         report = nmgraph.export(
             model, out, example_inputs=_inputs(input), onnx=not no_onnx, trt=trt, compare=not no_compare,
-            trt_command=trt_command, project=project, safetensors=safetensors, precision=precision, force=force,
+            trt_command=trt_command, project=project, safetensors=safetensors, hf=hf, precision=precision, force=force,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
         note = f"To build the engine on another machine, in a copy of {out}:\n{report.trtexec}" if trt_command else ""
@@ -267,7 +283,10 @@ def export(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .pt, .nm.pt, .safetensors or .onnx file.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A .pt, .nm.pt, .safetensors or .onnx file, or a Hugging Face directory."),
+    ],
     pattern: Annotated[str | None, typer.Option("--pattern", metavar="N:M", help="Check against this pattern.")] = None,
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006

@@ -202,7 +202,7 @@ def test_bug_of_ours_is_told_apart_from_a_mistake(dense, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(cli, "open_dense", broken)
+    monkeypatch.setattr(cli, "read_dense", broken)
     assert complaint("convert", dense) == (
         "internal error: ZeroDivisionError: division by zero\nPlease report it, with what --debug shows."
     )

@@ -60,7 +60,7 @@ def test_factory_is_found_in_the_current_directory_and_mistakes_show_no_tracebac
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == (
         "error: weights.pt holds a state_dict (2 tensors) without its model. Say what makes the model: "
-        "--model package.module:function.\n"
+        "--model package.module:function, timm:NAME or torchvision:NAME.\n"
     )
 
 

@@ -129,7 +129,7 @@ def test_torchscript_is_refused():
 def test_a_directory_is_no_model(command, place):
     result = call(command, place)
     assert result.exit_code == 2
-    assert f"error: {place} is a directory; give a model's file." in result.stderr
+    assert f"error: {place} is a directory; give a model's file" in result.stderr
 
 
 def test_a_flipped_bit_is_found_by_its_checksum(tmp_path):

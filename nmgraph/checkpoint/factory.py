@@ -1,4 +1,4 @@
-"""Models that are made by code the user names: ``pkg.mod:factory``."""
+"""Models that are made by what the user names: ``pkg.mod:factory``, or a library's own name, ``timm:resnet50``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import re
 
 from torch import Tensor, nn
 
+from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.errors import FileError, MissingPackageError
 
 
 def call_factory(factory: str) -> nn.Module:
-    """Import ``pkg.mod:factory`` and call it without arguments.
+    """Import ``pkg.mod:factory`` and call it without arguments; or make the model that timm or torchvision has by a name.
 
     Raises:
         FileError: if the text has another form, there is no such function, or it gives no module.
         MissingPackageError: if its module cannot be imported.
     """
+    if NamedModel.names(factory):
+        return NamedModel.parse(factory).make()
     match = re.fullmatch(r"([\w.]+):([\w.]+)", factory)
     if match is None:
         raise FileError(f"{factory!r} does not name a function. Write --model package.module:function.")

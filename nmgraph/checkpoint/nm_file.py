@@ -4,7 +4,7 @@ A ``torch.save`` archive of plain values and tensors:
 
     format       "nmgraph"
     version      1
-    factory      "pkg.mod:function" that makes the dense model, or None
+    factory      what makes the dense model: "timm:NAME", "torchvision:NAME", "pkg.mod:function" or "FILE.pt2"; or None
     module       uint8 pickle of the dense module with empty tensors, or None
     recipes      {site: {method, options, pattern, reduction_axis}}
     manifest     JSON text
@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from nmgraph.checkpoint.exported_program import TRUST
 from nmgraph.checkpoint.factory import load_weights, require_same_shapes
+from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import FileError
 from nmgraph.files import written_atomically
@@ -51,7 +53,7 @@ def write_nm_file(model: nn.Module, path: Path, factory: str | None = None) -> N
     Args:
         model: a converted module.
         path: where to; replaced in one step.
-        factory: ``pkg.mod:function`` that makes the dense model, instead of storing its classes.
+        factory: what makes the dense model, instead of storing its classes.
 
     Raises:
         FileError: if the model is no converted one, is a graph, or holds what cannot be pickled.
@@ -59,7 +61,7 @@ def write_nm_file(model: nn.Module, path: Path, factory: str | None = None) -> N
     weights, manifest = masked_weights(model), find_manifest(model)
     if not weights or manifest is None:
         raise FileError(f"{type(model).__name__} is not a converted model; save it with torch.save.")
-    if isinstance(model, fx.GraphModule):
+    if isinstance(model, fx.GraphModule) and not str(factory).endswith(".pt2"):
         raise FileError(
             'a model converted with mode="graph" has no class to store. Save its state_dict(), and load that into '
             'a model converted in the same way; or convert with mode="auto".'
@@ -101,10 +103,11 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
         stored = None if skeleton is None else io.BytesIO(skeleton.numpy().tobytes())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"{name} is damaged: {type(error).__name__}: {error}.") from error
+    if model is None and stored is None and isinstance(factory, str) and NamedModel.names(factory):
+        model = NamedModel.parse(factory).make()  # a library's own model; nobody else's code
     if model is None and stored is None:
         raise FileError(
-            f"{name} was made with --model {factory}. Making the model runs that code, so name it again: "
-            f"--model {factory}, or in Python model={str(factory).replace(':', '.')}()."
+            f"{name} was made with --model {factory}. Making the model runs that code, so name it again: {_again(factory)}"
         )
     if model is None:
         assert stored is not None
@@ -129,6 +132,12 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
         raise FileError(str(error) if isinstance(error, FileError) else f"{name} is damaged: {error}.") from error
     write_manifest(model, manifest)
     return model
+
+
+def _again(factory: object) -> str:
+    if str(factory).endswith(".pt2"):
+        return f"--model {factory} --trust {TRUST}, or in Python model={str(factory)!r}, trust=[{TRUST!r}]."
+    return f"--model {factory}, or in Python model={str(factory).replace(':', '.')}()."
 
 
 def _ours(key: str) -> bool:

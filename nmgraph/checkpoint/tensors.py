@@ -50,7 +50,7 @@ def load_safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            manifest = _manifest(metadata[MANIFEST_KEY]) if metadata.get(MANIFEST_KEY) else None
+            manifest = read_manifest(metadata[MANIFEST_KEY]) if metadata.get(MANIFEST_KEY) else None
             schema = Schema.from_json(metadata[SCHEMA_KEY]) if SCHEMA_KEY in metadata else None
             if schema is not None:
                 _require_consistent(opened, schema, manifest)
@@ -113,8 +113,12 @@ def load_compressed(path: Path, model: nn.Module | None) -> nn.Module:
     return model
 
 
-def _manifest(text: str) -> Manifest:
-    """Read a manifest, and look at what is used of it here: a file can claim anything."""
+def read_manifest(text: str) -> Manifest:
+    """Read a manifest, and look at what is used of it: a file can claim anything.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
     try:
         manifest = Manifest.from_json(text)
     except (KeyError, TypeError, AttributeError) as error:

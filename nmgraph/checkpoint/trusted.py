@@ -20,6 +20,8 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from nmgraph.checkpoint.exported_program import TRUST, is_exported
+from nmgraph.checkpoint.foreign_files import foreign_file, foreign_zip
 from nmgraph.errors import FileError, MissingPackageError, NMGraphError, UntrustedError, first_line
 
 PACKAGES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm", "transformers")
@@ -87,12 +89,15 @@ def require_model_file(path: Path) -> None:
         raise FileError(f"{path} is not a file.")
     try:
         with path.open("rb") as opened:
-            start = opened.read(4)
+            start = opened.read(64)
     except OSError as error:
         raise FileError(f"{path} can't be read: {error.strerror}.") from error
     if not start:
         raise FileError(f"{path} is empty.")
-    if start == b"PK\x03\x04":
+    foreign = foreign_file(path, start)
+    if foreign:
+        raise FileError(f"{path} {foreign}")
+    if start[:4] == b"PK\x03\x04":
         _require_whole_zip(path)
     elif start[0] == 0x80 and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
         raise FileError(
@@ -105,10 +110,23 @@ def require_model_file(path: Path) -> None:
         )
 
 
+def members_of(path: Path) -> list[str]:
+    """Name the members of a zip archive as torch writes it, without their first folder; none of what is no archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [_member(name) for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+        return []
+
+
+def _member(name: str) -> str:
+    return name.partition("/")[2] or name
+
+
 def _require_whole_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [member.partition("/")[2] for member in archive.namelist()]
+            members = [_member(name) for name in archive.namelist()]
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         raise FileError(f"{path} is truncated or damaged: {error}. Save or copy it again.") from error
@@ -118,7 +136,15 @@ def _require_whole_zip(path: Path) -> None:
         raise FileError(
             f"{path} is TorchScript, whose layers can't be trained sparse. Save the Python model with torch.save(model, ...)."
         )
+    if is_exported(members):
+        raise FileError(
+            f"{path} is an exported program (torch.export.save), which holds no module as it was trained. Where a dense "
+            f"model is asked for, it is read with --trust {TRUST}."
+        )
     if "data.pkl" not in members:
+        foreign = foreign_zip(members)
+        if foreign:
+            raise FileError(f"{path} {foreign}")
         raise FileError(f"{path} is a zip archive, but not one of torch.save.")
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Group, RenderableType
@@ -19,7 +19,7 @@ from torch import nn
 from nmgraph.errors import ExportError
 from nmgraph.export import trt_files
 from nmgraph.export.inputs import Inputs
-from nmgraph.export.onnx_file import write_onnx
+from nmgraph.export.onnx_file import without_cache, write_onnx
 from nmgraph.export.parity import Parity, compare
 from nmgraph.export.proof import load_onnx, verify_onnx
 from nmgraph.export.trt_command import trtexec_line
@@ -31,8 +31,22 @@ from nmgraph.passes.manifest import MANIFEST_KEY, Manifest
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.verification import Verification, verify_model
 
-_OURS = ("model.onnx", "model.onnx.data", "model.safetensors", "manifest.json", "report.json", *trt_files.FILES)
+HF_DIRECTORY = "hf"
+_OURS = (
+    "model.onnx", "model.onnx.data", "model.safetensors", "manifest.json", "report.json", HF_DIRECTORY, *trt_files.FILES,
+)  # fmt: skip
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ReadBack(Protocol):
+    """What was found of a Hugging Face directory when it was read back."""
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether everything came back as it was."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class ExportReport:
         weights: the proof on the finalized model.
         onnx: the proof on the ONNX file, if one was written.
         parity: ONNX Runtime against the finalized model, if one was written.
+        hugging_face: what ``from_pretrained`` gives back of the Hugging Face directory, if one was written.
         pruned: layers whose masks were unfinished, and were pruned because of ``force``.
         sizes: of the compressed weights, if they were written.
         projected: layers that were pruned further because of ``project``, with what that cost.
@@ -68,11 +83,12 @@ class ExportReport:
     engine: EngineReport | None = None
     trtexec: str = ""
     notes: tuple[str, ...] = ()
+    hugging_face: ReadBack | None = None
 
     @property
     def holds(self) -> bool:
         """Tell whether every check held."""
-        checks = (self.weights, self.onnx, self.parity, self.engine)
+        checks = (self.weights, self.onnx, self.parity, self.hugging_face, self.engine)
         return all(check is None or check.holds for check in checks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +103,7 @@ class ExportReport:
             "weights": self.weights.to_dict(),
             "onnx": self.onnx.to_dict() if self.onnx else None,
             "parity": self.parity.to_dict() if self.parity else None,
+            "hugging_face": self.hugging_face.to_dict() if self.hugging_face else None,
             "compression": self.sizes.to_dict() if self.sizes else None,
             "projected": [asdict(p) for p in self.projected],
             "engine": self.engine.to_dict() if self.engine else None,
@@ -104,11 +121,12 @@ class ExportReport:
         table = Table(title=escape(str(self)), title_justify="left", header_style="bold")
         for column in ("check", "result", "found"):
             table.add_column(column, overflow="fold")
-        rows: list[tuple[str, Verification | Parity | EngineReport | None]]
+        rows: list[tuple[str, Verification | Parity | ReadBack | EngineReport | None]]
         rows = [
             ("finalized weights", self.weights),
             ("ONNX file", self.onnx),
             ("ONNX Runtime", self.parity),
+            ("Hugging Face", self.hugging_face),
             ("TensorRT", self.engine),
         ]
         for name, check in rows:
@@ -129,7 +147,7 @@ class ExportReport:
         if self.sizes:
             table.add_row("compressed weights", f"{self.sizes.ratio:.2%}", str(self.sizes))
         for name, size in self.files.items():
-            table.add_row("file", "", f"{name} ({size / 1e6:,.1f} MB)")
+            table.add_row("file", "", f"{escape(name)} ({size / 1e6:,.1f} MB)")
         return table
 
 
@@ -164,7 +182,7 @@ def require_export_directory(directory: Path) -> None:
 def write_bundle(
     model: nn.Module, directory: Path, manifest: Manifest, *, inputs: Inputs | None, precision: str, safetensors: bool,
     pruned: tuple[str, ...], projected: tuple[Projection, ...] = (), tensorrt: TensorRT | None = None,
-    progress: Callable[[str], None],
+    write_hf: Callable[[nn.Module, Path], ReadBack] | None = None, progress: Callable[[str], None],
 ) -> ExportReport:  # fmt: skip
     """Write a finalized model.
 
@@ -178,41 +196,46 @@ def write_bundle(
         pruned: layers that were unfinished, for the report.
         projected: layers that were pruned further, for the report.
         tensorrt: what is wanted of TensorRT, if anything is.
+        write_hf: writes a Hugging Face directory and reads it back; None writes none.
         progress: called with what begins.
 
     Raises:
         ExportError: if the model cannot be exported; nothing is written then.
     """
-    onnx_proof, parity, sizes, engine, trtexec = None, None, None, None, ""
+    onnx_proof, parity, sizes, engine, read_back, trtexec = None, None, None, None, None, ""
     notes: tuple[str, ...] = ()
     with directory_written_atomically(directory, _OURS) as temporary:
         progress("checking weights")
         weights = verify_model(model)
         if inputs is not None:
             path = temporary / "model.onnx"
-            progress("writing ONNX")
-            write_onnx(model, inputs, path, manifest)
-            progress("proving N:M on the ONNX file")
-            onnx_file = load_onnx(path)
-            onnx_proof = verify_onnx(onnx_file, "model.onnx")
-            progress("comparing with ONNX Runtime")
-            parity = compare(model, path, inputs, PRECISIONS[precision])
-            if tensorrt is not None:
-                notes = sparsity_notes(manifest, onnx_proof, precision)
-                trtexec = trtexec_line(onnx_file, inputs)
-                if tensorrt.module is not None:
-                    engine = write_engine(
-                        tensorrt, temporary, model, onnx_file, inputs=inputs, precision=precision, proof=onnx_proof,
-                        old=directory / trt_files.CACHE, progress=progress,
-                    )  # fmt: skip
+            with without_cache(model):
+                progress("writing ONNX")
+                write_onnx(model, inputs, path, manifest)
+                progress("proving N:M on the ONNX file")
+                onnx_file = load_onnx(path)
+                onnx_proof = verify_onnx(onnx_file, "model.onnx")
+                progress("comparing with ONNX Runtime")
+                parity = compare(model, path, inputs, PRECISIONS[precision])
+                if tensorrt is not None:
+                    notes = sparsity_notes(manifest, onnx_proof, precision)
+                    trtexec = trtexec_line(onnx_file, inputs)
+                    if tensorrt.module is not None:
+                        engine = write_engine(
+                            tensorrt, temporary, model, onnx_file, inputs=inputs, precision=precision, proof=onnx_proof,
+                            old=directory / trt_files.CACHE, progress=progress,
+                        )  # fmt: skip
         if safetensors:
             progress("writing safetensors")
             sizes = _write_safetensors(model, temporary / "model.safetensors", manifest)
+        if write_hf is not None:
+            progress("writing the Hugging Face directory")
+            read_back = write_hf(model, temporary / HF_DIRECTORY)
         (temporary / "manifest.json").write_text(manifest.to_json() + "\n")
-        files = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
+        files = {str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()}
         found = ExportReport(
             directory, files, precision, str(inputs or ""), weights, onnx_proof, parity, pruned,
-            sizes=sizes, projected=projected, engine=engine, trtexec=trtexec, notes=notes,
+            sizes=sizes, projected=projected, engine=engine, trtexec=trtexec, notes=notes, hugging_face=read_back,
         )  # fmt: skip
         (temporary / "report.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     return found

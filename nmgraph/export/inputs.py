@@ -161,6 +161,7 @@ def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]
     config = getattr(model, "default_cfg", None)  # timm
     if isinstance(config, Mapping) and config.get("input_size"):
         yield Inputs((make_up((1, *config["input_size"]), "float32"),), {}, "the model's default_cfg")
+    yield from _hugging_face(model)
     first = next((m for m in model.modules() if is_layer(m)), None)
     if isinstance(first, nn.Linear):
         yield Inputs((make_up((1, first.in_features), "float32"),), {}, "guessed from the first layer")
@@ -168,6 +169,20 @@ def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]
         for size in (224, 32):
             shape = (1, first.in_channels, size, size)
             yield Inputs((make_up(shape, "float32"),), {}, "guessed from the first layer")
+
+
+def _hugging_face(model: nn.Module) -> Iterator[Inputs]:
+    """Give what a model of transformers says it takes: token ids, or images of its configuration's size."""
+    main, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    if main == "pixel_values":
+        sizes, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        sizes = (sizes, sizes) if isinstance(sizes, int) else sizes
+        if isinstance(sizes, (tuple, list)):
+            made = make_up((1, channels, *sizes), "float32")
+            yield Inputs((), {main: made}, "the model's config")
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping) and main in dummy and all(isinstance(t, Tensor) for t in dummy.values()):
+        yield Inputs((), dict(dummy), "the model's dummy_inputs")
 
 
 def make_up(shape: tuple[int, ...], dtype: str) -> Tensor:

@@ -11,6 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,6 +25,20 @@ from nmgraph.passes.structure import parameter_of
 
 SITES_KEY = "nmgraph.sites"  # {initializer: [site, ...]}
 INLINE_LIMIT = 1 << 30  # bytes; a protobuf file ends at 2 GiB
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Let a language model answer without its key and value cache, whose class neither exporter nor parity knows."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    cached = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    for config in cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True
 
 
 def write_onnx(model: nn.Module, inputs: Inputs, path: Path, manifest: Manifest | None) -> None:

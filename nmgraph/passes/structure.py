@@ -79,6 +79,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def find_sharded(model: nn.Module) -> str:
+    """Say what of a model is sharded over processes (FSDP, tensor parallelism), if anything is; found by its names."""
+    for name, module in model.named_modules():
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+            return f"{name or 'the model'} is wrapped in FullyShardedDataParallel"
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor":
+            return f"{name} is a DTensor, sharded over processes"
+    return ""
+
+
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Find every tensor a module holds, also activations that a forward has put on it."""
     pending: list[Any] = [module.__dict__ for module in model.modules()]

@@ -66,7 +66,7 @@ def test_state_dict_alone_asks_for_its_factory(path):
     torch.save(mlp().state_dict(), path)
     assert message(FileError, path) == (
         f"{path} holds a state_dict (4 tensors) without its model. Say what makes the model: "
-        "--model package.module:function."
+        "--model package.module:function, timm:NAME or torchvision:NAME."
     )
 
 
@@ -208,7 +208,9 @@ def test_zip_of_something_else(path):
 
 
 def test_directory(tmp_path):
-    assert message(FileError, tmp_path) == f"{tmp_path} is not a file."
+    assert message(FileError, tmp_path) == (
+        f"{tmp_path} is a directory; give a model's file, or a Hugging Face directory with config.json."
+    )
 
 
 def test_missing_file(path):

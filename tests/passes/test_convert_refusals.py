@@ -203,3 +203,53 @@ def test_pattern_of_one_layer_is_refused_like_that_of_all():
     assert message(PatternError, Encoder(), layers={"head": "4:2"}) == (
         "pattern 4:2 keeps 4 of every 2 weights, which removes nothing. Did you mean 2:4?"
     )
+
+
+class Holder:
+    """Like a Trainer or a pipeline: no module, but it holds one."""
+
+    def __init__(self, **held):
+        self.args = 3
+        self.__dict__.update(held)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({"model": nn.Linear(4, 4), "model_wrapped": nn.Linear(4, 4)}, "it holds the model: give its .model."),
+        ({"unet": nn.Linear(4, 4), "vae": nn.Linear(4, 4)}, "it holds the model: give its .unet or .vae."),
+        ({}, "give a torch.nn.Module."),
+    ],
+)
+def test_what_holds_a_model_is_told_apart(held, said):
+    assert message(ConversionError, Holder(**held)) == f"a Holder can't be converted; {said}"
+
+
+def test_fully_sharded_models_are_converted_before(monkeypatch):
+    class FullyShardedDataParallel(nn.Module):  # the real one wants a process group; it is found by its name
+        def __init__(self, module):
+            super().__init__()
+            self._fsdp_wrapped_module = module
+
+    inner = nn.Sequential(nn.Linear(16, 16), FullyShardedDataParallel(nn.Linear(16, 16)))
+    remedy = "Convert the model before it is sharded, and shard it after."
+    assert message(ConversionError, inner) == f"1 is wrapped in FullyShardedDataParallel. {remedy}"
+    assert message(ConversionError, FullyShardedDataParallel(nn.Linear(16, 16))) == (
+        f"the model is wrapped in FullyShardedDataParallel. {remedy}"
+    )
+
+
+def test_models_of_dtensors_are_converted_before(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(16, 16))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert message(ConversionError, model) == (
+            "0.weight is a DTensor, sharded over processes. Convert the model before it is sharded, and shard it after."
+        )
+    finally:
+        dist.destroy_process_group()
