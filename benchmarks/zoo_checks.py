@@ -70,22 +70,7 @@ def measure(entry: Entry, methods: tuple[str, ...] = (METHOD,), beside: bool = T
     uses, attended, failed = products(entry, dense)
     if failed:
         result["runs"] = failed
-    converted = dense
-    before = Shape(dense)
-
-    def convert() -> None:
-        nmgraph.convert(converted, method=METHOD, pattern=f"{N}:{M}")
-        found.say("convert", [])
-
-    if not found.attempt("convert", convert):
-        return result
-    manifest = nmgraph.manifest(converted)
-    result["sites"], result["converted"] = len(manifest.entries), len(manifest.converted)
-    found.attempt("structure", lambda: found.say("structure", before.differences(converted)))
-    found.attempt("manifest", lambda: check_manifest(found, manifest, converted, uses, attended))
-    found.attempt("flops", lambda: result.update(flops(manifest, converted, uses, found)))
-    del converted, dense
-    if not entry.light:
+    if found.attempt("convert", lambda: convert(found, result, dense, uses, attended)) and not entry.light:
         for method in methods:
             prefix = "" if method == METHOD else f"{method}: "
             found.attempt(f"{prefix}training", lambda m=method, p=prefix: check_training(found, p, entry, m))
@@ -95,6 +80,20 @@ def measure(entry: Entry, methods: tuple[str, ...] = (METHOD,), beside: bool = T
         if not entry.light:
             result["modelopt"] = modelopt(entry, uses)
     return result
+
+
+def convert(
+    found: Findings, result: dict[str, Any], dense: nn.Module, uses: dict[str, Use], attended: set[str]
+) -> None:
+    """Convert the model, and make the checks that need no values."""
+    before = Shape(dense)
+    converted = nmgraph.convert(dense, method=METHOD, pattern=f"{N}:{M}")
+    found.say("convert", [])
+    manifest = nmgraph.manifest(converted)
+    result["sites"], result["converted"] = len(manifest.entries), len(manifest.converted)
+    found.attempt("structure", lambda: found.say("structure", before.differences(converted)))
+    found.attempt("manifest", lambda: check_manifest(found, manifest, converted, uses, attended))
+    found.attempt("flops", lambda: result.update(flops(manifest, converted, uses, found)))
 
 
 def built(entry: Entry) -> nn.Module:
@@ -184,7 +183,9 @@ class Shape:
         keys = [key for key in model.state_dict() if not key.rpartition(".")[2].startswith("nm_")]
         if keys != self.keys:
             changed = sorted(set(keys) ^ set(self.keys))
-            problems.append(f"state_dict keys differ: {changed[:4]}" if changed else "state_dict keys are in another order")
+            problems.append(
+                f"state_dict keys differ: {changed[:4]}" if changed else "state_dict keys are in another order"
+            )
         now = self._parameters(model)
         if now != self.parameters:
             changed = [str(a[0]) for a, b in zip(self.parameters, now, strict=False) if a != b]
@@ -224,7 +225,9 @@ def check_manifest(found: Findings, manifest: Any, model: nn.Module, uses: dict[
             gathered.append(name)
         elif not entries:
             operators = ", ".join(sorted(use.operators))
-            problems.append(f"{name} {list(parameters[name].shape)} reaches {operators} ({use.how}), and is not in the manifest")
+            problems.append(
+                f"{name} {list(parameters[name].shape)} reaches {operators} ({use.how}), and is not in the manifest"
+            )
         distinct = {e.name for e in entries}
         if len(distinct) < len(entries):
             problems.append(f"{name} is in the manifest {len(entries)} times")
@@ -242,7 +245,8 @@ def check_manifest(found: Findings, manifest: Any, model: nn.Module, uses: dict[
                 problems.append(f"{name} is converted, and a function of it is multiplied by")
             if e.converted and use.groups > 1:
                 problems.append(f"{name} is converted, and of a grouped convolution")
-    unused = [e.name for i, entries in sites.items() for e in entries if not any(i == id(parameters[u]) for u in uses)]
+    used = {e.name for u in uses for e in sites.get(id(parameters[u]), [])}
+    unused = [e.name for e in manifest.entries if e.name not in used]
     wide = [n for n, p in parameters.items() if p.dim() > 1]
     others = [n for n in wide if n not in uses and id(parameters[n]) not in sites]
     found.say(
@@ -272,7 +276,9 @@ def flops(manifest: Any, model: nn.Module, uses: dict[str, Use], found: Findings
         {"cause": cause, "share": share / sum_of if sum_of else 0, "weights": len(examples[cause]), "such_as": examples[cause][:4]}
         for cause, share in causes.most_common()
     ]  # fmt: skip
-    problems = [f"{e['such_as'][0]}: {e['cause']} ({e['share']:.1%})" for e in exceptions if e["cause"] == "not in the manifest"]
+    problems = [
+        f"{e['such_as'][0]}: {e['cause']} ({e['share']:.1%})" for e in exceptions if e["cause"] == "not in the manifest"
+    ]
     found.say("flops", problems)
     return {
         "flops": total,
@@ -338,7 +344,11 @@ def check_faithful(found: Findings, prefix: str, entry: Entry, converted: nn.Mod
             if apart > TOLERANCE:
                 mode = "training" if training else "evaluation"
                 problems.append(f"{mode}, {time}: outputs differ by {apart:.1e}")
-    facts = {"worst": worst if math.isfinite(worst) else "other shapes or values", "bit_equal": worst == 0, "outputs": outputs}
+    facts = {
+        "worst": worst if math.isfinite(worst) else "other shapes or values",
+        "bit_equal": worst == 0,
+        "outputs": outputs,
+    }
     found.say(f"{prefix}faithful", problems, **facts, **({"not_finite": True} if strange else {}))
 
 
@@ -375,6 +385,7 @@ def check_training(found: Findings, prefix: str, entry: Entry, method: str) -> N
         del before
     problems = [f"{name} did not change" for name in unchanged]
     problems += [] if math.isfinite(float(loss)) else [f"the loss is {float(loss)}"]
+    problems += [] if len(without) < len(weights) else ["no converted weight has a gradient: this run shows nothing"]
     found.say(f"{prefix}training", problems, changed=len(weights) - len(without) - len(unchanged), without_gradient=len(without), without_gradient_names=without[:8])  # fmt: skip
     model.zero_grad(set_to_none=True)
     found.attempt(f"{prefix}pattern", lambda: check_pattern(found, prefix, model, axes))
@@ -420,7 +431,7 @@ def symbolic_trace(entry: Entry) -> str:
     try:
         torch.fx.symbolic_trace(model)
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}" or "failed"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return ""
 
 

@@ -97,9 +97,7 @@ def _torchvision_entry(name: str) -> Entry:
         options, inputs = options | {"image_size": size}, image(size)
     elif name == "maxvit_t":
         inputs = image(224)
-    elif name.startswith("mvit"):
-        inputs = clip_of(16, 224)
-    elif name == "s3d":
+    elif name.startswith("mvit") or name == "s3d":
         inputs = clip_of(16, 224)
     elif name.startswith("swin3d") or name in ("r3d_18", "mc3_18", "r2plus1d_18"):
         inputs = clip_of(8, 64)
@@ -351,7 +349,7 @@ HUGGING_FACE: dict[str, Made] = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**_DECODER, "head_dim": 16}, _text),
     "bart": ("BartForConditionalGeneration", "BartConfig", {**_HEADED, "vocab_size": 128, "max_position_embeddings": 64, "use_cache": False}, _seq2seq),
     "blip": ("Blip", "", {}, _image_text),
-    "dpt": ("DPTForDepthEstimation", "DPTConfig", {**_VISION, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 32, 64, 64], "fusion_hidden_size": 32, "reassemble_factors": [4, 2, 1, 0.5]}, _pixels(32)),
+    "dpt": ("DPTForSemanticSegmentation", "DPTConfig", {**_VISION, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 32, 64, 64], "fusion_hidden_size": 32, "reassemble_factors": [4, 2, 1, 0.5]}, _pixels(32)),
     "mamba": ("MambaForCausalLM", "MambaConfig", {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "use_cache": False}, _text),
     "layoutlm": ("LayoutLMForTokenClassification", "LayoutLMConfig", _TEXT, _layout),
 }  # fmt: skip

@@ -164,7 +164,9 @@ class Products(TorchDispatchMode):
             positions = tuple(range(1, len(args)))
         else:
             positions = _TWO_SIDED[name]
-        found = [(i, args[i]) for i in positions if i < len(args) and isinstance(args[i], Tensor) and self._origin(args[i])]
+        found = [
+            (i, args[i]) for i in positions if i < len(args) and isinstance(args[i], Tensor) and self._origin(args[i])
+        ]
         yield from found if name in _FUSED else found[-1:]
 
 
@@ -204,5 +206,7 @@ def _cost(name: str, position: int, args: Any, out: Tensor) -> tuple[float, int,
 def _own_axis(parameter: Tensor, operand: Tensor, along: int | None) -> int | None:
     if along is None or _storage(operand) != _storage(parameter) or operand.shape[along] < 2:
         return None
-    fits = [d for d in range(parameter.dim()) if parameter.stride(d) == operand.stride(along) and parameter.shape[d] > 1]
+    fits = [
+        d for d in range(parameter.dim()) if parameter.stride(d) == operand.stride(along) and parameter.shape[d] > 1
+    ]
     return fits[0] if len(fits) == 1 else None
