@@ -117,7 +117,8 @@ def main() -> None:
     with contextlib.suppress(ImportError):
         import modelopt.torch.sparsity  # noqa: F401  # once, and not in every fork
     for i, entry in enumerate(wanted):
-        if args.resume and ("onnx" in results.get(entry.name, {}) if args.onnx else entry.name in results):
+        known = results.get(entry.name, {})
+        if args.resume and ("onnx" in known if args.onnx else "checks" in known):
             continue
         print(f"{i + 1} of {len(wanted)}: {entry.name} ", end="", flush=True)
         result = in_its_own_process(entry, args.onnx, args.limit)

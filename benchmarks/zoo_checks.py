@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
 import tempfile
@@ -97,7 +98,17 @@ def convert(
 
 
 def built(entry: Entry) -> nn.Module:
-    """Build the model; one whose values do not matter on the meta device."""
+    """Give a new copy of the model; one whose values do not matter on the meta device."""
+    return copy.deepcopy(_first(entry))
+
+
+@functools.lru_cache(maxsize=1)
+def _first(entry: Entry) -> nn.Module:
+    return fresh(entry)
+
+
+def fresh(entry: Entry) -> nn.Module:
+    """Build the model, which takes longer than a copy where many weights are drawn."""
     seed()
     if entry.light:
         with torch.device("meta"):
@@ -327,15 +338,14 @@ def check_faithful(found: Findings, prefix: str, entry: Entry, converted: nn.Mod
     kind = type(converted)
     finished = nmgraph.finalize(converted, force=True)
     problems = [] if type(finished) is kind else [f"finalize gives a {type(finished).__name__}, not a {kind.__name__}"]
-    fresh = built(entry)
-    state = finished.state_dict()
+    reloaded = fresh(entry)
+    reloaded.load_state_dict(finished.state_dict(), strict=True)
     del finished
-    fresh.load_state_dict(state, strict=True)
     worst, outputs, strange = 0.0, 0, False
     for time in ("before", "after switching modes"):
         for training in (False, True):
             arguments = arguments_of(entry, training)
-            theirs = answers(fresh, copy.deepcopy(arguments), training)
+            theirs = answers(reloaded, copy.deepcopy(arguments), training)
             ours = answers(converted, arguments, training)
             apart = difference(ours, theirs)
             outputs = max(outputs, len(theirs))

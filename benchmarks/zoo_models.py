@@ -241,7 +241,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tnt": ("tnt_s_legacy_patch16_224", 224, {}),
     "tresnet": ("tresnet_m", 96, {}),
     "twins": ("twins_svt_small", 224, {}),
-    "vgg": ("vgg11", 224, {}),
+    "vgg": ("vgg11", 64, {}),
     "visformer": ("visformer_tiny", 224, {}),
     "vision_transformer": ("test_vit", 160, {}),
     "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", 224, {}),
