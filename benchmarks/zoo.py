@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 import time
 import traceback
@@ -89,6 +90,16 @@ def read(path: Path | None) -> dict[str, dict[str, Any]]:
     return {result["model"]: result for result in json.loads(path.read_text())["results"]}
 
 
+def library_commit() -> str:
+    """Give the commit that last changed the library; it ends in -dirty if its files are not those of a commit."""
+
+    def git(*asked: str) -> str:
+        return subprocess.run(["git", *asked], cwd=record.ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "nmgraph")
+    return (git("log", "-1", "--format=%H", "--", "nmgraph") or "unknown") + ("-dirty" if changed else "")
+
+
 def versions() -> dict[str, str]:
     import importlib.metadata
 
@@ -113,7 +124,7 @@ def main() -> None:
     everything = [entry for library in LIBRARIES for entry in LIBRARIES[library]()]
     wanted = [e for e in everything if e.library in args.library and any(fnmatch.fnmatch(e.name, g) for g in args.only)]
     results = read(args.json)
-    commit = record.commit()
+    commit = library_commit()
     with contextlib.suppress(ImportError):
         import modelopt.torch.sparsity  # noqa: F401  # once, and not in every fork
     for i, entry in enumerate(wanted):

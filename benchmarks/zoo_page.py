@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ branch that is multiplied by zero would hide what happens in it. Of every model 
   that is summed over. Tables that are only gathered from (relative positions) may be left out.
 - **FLOPs**: share of the prunable floating-point operations whose weight was converted. Prunable is what multiplies
   by a weight whose reduction axis is a multiple of 4, in no grouped or depthwise convolution; it is counted whether or
-  not nmgraph calls it a site. The reasons of the rest stand [below](#what-stays-dense).
+  not nmgraph calls it a site. The reasons of the rest stand [below](#what-stays-dense). **prunable**: their share of the
+  operations of all weights.
 - **as before**: classes, `state_dict` keys, and the names, order, types and identity of parameters are those of the dense model.
 - **faithful**: the finalized weights, loaded strictly into a fresh model, give what the converted model gives: in
   evaluation and training, under the same seed, and again after switching modes. *bits* is bit-equal, a number the largest
@@ -38,8 +40,8 @@ branch that is multiplied by zero would hide what happens in it. Of every model 
 - **trains**: converted weights that changed in one step of SGD / those with a gradient other than zero.
 - **2:4**: after that step and `finalize`, every block of every converted weight keeps at most 2 of 4.
 - **fx**: whether plain `torch.fx.symbolic_trace` manages the model.
-- **ModelOpt**: share of the same prunable operations that NVIDIA ModelOpt's `sparse_magnitude` makes 2:4. It leaves
-  layers dense whose sizes are no multiples of 8 and 16, and by default the language models' heads.
+- **ModelOpt**: share of the same prunable operations that NVIDIA ModelOpt's `sparse_magnitude` makes 2:4. It takes
+  Linear and Conv2d layers whose output and input sizes are multiples of 8 and 16, and by default no language model's head.
 
 A model too large to run here was tried on the `meta` device, where there are shapes and no values: it converts, and the
 manifest is held to the operators, but *faithful*, *trains* and *2:4* are not asked.
@@ -79,8 +81,8 @@ def made_with(recorded: dict[str, Any]) -> str:
 
 def summary(results: list[Result]) -> Iterator[str]:
     yield "## In short\n"
-    yield "| | models | converts | manifest covers | as before | faithful | of these bit-equal | trains | 2:4 | FLOPs: median | plain fx traces |"
-    yield "|---|" + "---|" * 10
+    yield "| | models | converts | manifest covers | as before | faithful | of these bit-equal | trains | 2:4 | FLOPs: mean | all FLOPs | plain fx traces |"
+    yield "|---|" + "---|" * 11
     for library in [*TITLES, "all"]:
         chosen = [r for r in results if library in ("all", r["model"].partition("/")[0])]
         if chosen:
@@ -107,15 +109,16 @@ def counted(results: list[Result]) -> list[str]:
         *(holds(check) for check in ("convert", "manifest", "structure", "faithful")),
         str(sum(bool(f.get("bit_equal")) for f in faithful)),
         *(holds(check) for check in ("training", "pattern")),
-        f"{statistics.median(shares):.1%}" if shares else "-",
+        percent(statistics.mean(shares)) if shares else "-",
+        f"{sum(share > 1 - 1e-9 for share in shares)} of {len(shares)}",
         f"{sum(traced)} of {len(traced)}",
     ]
 
 
 def table(results: list[Result]) -> str:
     lines = [
-        "| model | parameters | sites | FLOPs | manifest | as before | faithful | trains | 2:4 | fx | ModelOpt |",
-        "|---|" + "---:|" * 3 + "---|" * 6 + "---:|",
+        "| model | parameters | sites | prunable | FLOPs | manifest | as before | faithful | trains | 2:4 | fx | ModelOpt |",
+        "|---|" + "---:|" * 4 + "---|" * 6 + "---:|",
     ]
     lines += ["| " + " | ".join(row(r)) + " |" for r in results]
     return "\n".join(lines) + "\n"
@@ -124,7 +127,7 @@ def table(results: list[Result]) -> str:
 def row(r: Result) -> list[str]:
     name = r["model"].partition("/")[2]
     if r.get("error") or not r.get("checks", {}).get("convert", {}).get("holds"):
-        return [name, millions(r.get("parameters")), "**no**", *["-"] * 8]
+        return [name, millions(r.get("parameters")), "**no**", *["-"] * 9]
     checks = r["checks"]
     training, faithful = checks.get("training", {}), checks.get("faithful", {})
     changed = (
@@ -139,6 +142,7 @@ def row(r: Result) -> list[str]:
         name + (" (meta)" if r["light"] else ""),
         millions(r["parameters"]),
         f"{r['converted']} of {r['sites']}",
+        percent(r.get("prunable_share")),
         percent(r.get("converted_share")),
         verdict(checks.get("manifest")),
         verdict(checks.get("structure")),
@@ -159,7 +163,7 @@ def verdict(check: dict[str, Any] | None, shown: str = "") -> str:
 def percent(share: float | None) -> str:
     if share is None:
         return "-"
-    return "100%" if share == 1 else f"{min(share, 0.999):.1%}"
+    return "100%" if share > 1 - 1e-9 else f"{min(share, 0.999):.1%}"
 
 
 def millions(count: int | None) -> str:
@@ -205,9 +209,12 @@ def beside(results: list[Result]) -> Iterator[str]:
             yield f"- `{r['model']}`: fails with {cell(r['modelopt']['error'])}"
     strange = [r for r in tried if r["modelopt"].get("questionable")]
     if strange:
-        yield "\nWeights it pruned that are questionable:\n"
+        yield f"Of {len(strange)} models it pruned weights that sparse tensor cores don't take, or that take part in nothing:\n"
     for r in strange:
-        yield f"- `{r['model']}`: {cell('; '.join(r['modelopt']['questionable'][:3]))}"
+        first, *others = r["modelopt"]["questionable"]
+        unlisted = int(others.pop().split()[1]) if others and re.fullmatch(r"and \d+ more", others[-1]) else 0
+        more = f", and {len(others) + unlisted} more" if others else ""
+        yield f"- `{r['model']}`: {cell(first)}{more}"
     yield ""
 
 
