@@ -111,8 +111,11 @@ def fresh(entry: Entry) -> nn.Module:
     """Build the model, which takes longer than a copy where many weights are drawn."""
     seed()
     if entry.light:
-        with torch.device("meta"):
-            return entry.build()
+        try:
+            with torch.device("meta"):
+                return entry.build()
+        except NotImplementedError:  # its constructor reads values of tensors, as RegNet's does
+            return entry.build().to("meta")
     model = entry.build()
     enliven(model)
     return model
