@@ -253,7 +253,7 @@ def check_manifest(found: Findings, manifest: Any, model: nn.Module, uses: dict[
             shape = tuple(parameters[name].shape)
             if e.shape not in ((), shape):
                 problems.append(f"{name} is {shape}, its entry says {e.shape}")
-            if e.converted and use.axis is not None and use.axis != e.axis:
+            if e.converted and use.axis is not None and use.axis != e.axis % len(shape):
                 problems.append(f"{name} is summed over its axis {use.axis}, and converted along {e.axis}")
             if e.converted and use.how == "computed":
                 problems.append(f"{name} is converted, and a function of it is multiplied by")

@@ -19,7 +19,7 @@ SAMPLE = [
     "torchvision/mobilenet_v3_small", "torchvision/resnet18", "torchvision/shufflenet_v2_x0_5", "torchvision/vit_l_16",
     "timm/convnext/test_convnext", "timm/efficientnet/test_efficientnet", "timm/maxxvit/test_coatnet",
     "timm/nfnet/test_nfnet", "timm/vision_transformer/test_vit", "transformers/bert", "transformers/llama",
-    "transformers/swin", "transformers/t5", "transformers/whisper",
+    "transformers/gpt2", "transformers/mixtral", "transformers/swin", "transformers/t5", "transformers/whisper",
 ]  # fmt: skip
 
 
