@@ -113,9 +113,7 @@ def best_order(weights: Sequence[tuple[Tensor, Pattern]], *, escapes: int = 200,
     return ChannelOrder(permutation, before, after, ideal, total)
 
 
-def _search(
-    weights: Sequence[tuple[Tensor, Pattern]], stripe: int, escapes: int, generator: torch.Generator
-) -> Tensor:
+def _search(weights: Sequence[tuple[Tensor, Pattern]], stripe: int, escapes: int, generator: torch.Generator) -> Tensor:
     """Find an order of the columns of non-negative weights; int64 ``[C]``."""
     channels = weights[0][0].shape[1]
     order = _Order(_rounded(weights, generator), channels, stripe)
@@ -212,7 +210,7 @@ class _Order:
         """Compute again what depends on the channels in these stripes."""
         slots = (stripes_T[:, None] * self.stripe + torch.arange(self.stripe)).flatten()
         for (x_CR, p), with_SC, kept_G in zip(self.weights, self.with_SC, self.kept_G, strict=True):
-            x_GMR = x_CR[self.slots[slots]].unflatten(0, (-1, p.m))
+            x_GMR = x_CR[self.slots[slots]].reshape(-1, p.m, x_CR.shape[1])
             ranked_GMR = x_GMR.sort(dim=1, descending=True).values
             last, next_ = ranked_GMR[:, p.n - 1 : p.n], ranked_GMR[:, p.n : p.n + 1]
             top = ranked_GMR[:, : p.n].sum(1, keepdim=True)

@@ -70,8 +70,13 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None) -> Trace:
-    """Trace in the model's present mode; types that cannot be traced become leaves. The model is not touched."""
+def trace(
+    model: nn.Module, leaves: dict[type[nn.Module], str] | None = None, given: dict[str, Any] | None = None
+) -> Trace:
+    """Trace in the model's present mode; types that cannot be traced become leaves. The model is not touched.
+
+    ``given`` are arguments of its forward with fixed values, which decide what the forward does.
+    """
     root = copy_structure(model, share)
     leaves = dict(leaves or {})
     while True:
@@ -81,7 +86,7 @@ def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None) ->
                 warnings.simplefilter("ignore")
                 # Another seed for each mode, so that a random draw that gets baked in shows as a difference.
                 torch.default_generator.manual_seed(int(root.training))
-                graph = tracer.trace(root)
+                graph = tracer.trace(root, given)
         except Exception as error:
             # Any error at all: the code being traced is the user's, and the answer is a leaf, never a crash.
             reason = f"{type(error).__name__}: {first_line(error)}"
@@ -100,9 +105,9 @@ def trace_both_modes(model: nn.Module) -> Trace:
     """
     leaves: dict[type[nn.Module], str] = {}
     while True:
-        with _mode(model, True):
+        with in_mode(model, True):
             train = trace(model, leaves)
-        with _mode(model, False):
+        with in_mode(model, False):
             evaluate = trace(model, leaves)
         for traced in (train, evaluate):
             if traced.graph is None:
@@ -274,7 +279,8 @@ def _nodes(traced: Trace) -> list[fx.Node]:
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put all modules into a mode for a while."""
     before = {module: module.training for module in model.modules()}
     try:
         # Not model.train(): some models override it, to keep their norms frozen.
