@@ -24,9 +24,10 @@ from nmgraph.nm.pattern import Pattern
 
 _LEVELS = 4095  # with at most _ROWS rows, sums stay below 2^24, where float32 still counts in ones
 _ROWS = 4096
-_ROUND = 2**31  # slots x channels x rows that one whole round may compare; more rows are sampled
+_ROUND = 2**30  # slots x channels x rows that one whole round may compare; more rows are sampled
 _CHANNELS = 2048  # that are searched together; more are searched in parts
-_ESCAPE_WORK = 2**29  # what all escapes of one search may compare
+ESCAPE_WORK = 2**29
+"""Slots x channels x rows that the escapes of one search may compare, unless told otherwise: about a second."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,15 @@ def ideal_magnitude(w_RC: Tensor, pattern: Pattern) -> float:
     return float(w_RC.detach().abs().topk(keep, dim=-1).values.sum(dtype=torch.float64))
 
 
-def best_order(weights: Sequence[tuple[Tensor, Pattern]], *, escapes: int = 200, seed: int = 0) -> ChannelOrder:
+def best_order(
+    weights: Sequence[tuple[Tensor, Pattern]], *, escapes: int = 200, work: int = ESCAPE_WORK, seed: int = 0
+) -> ChannelOrder:
     """Search one order of channels for weights that share their input, for the sum of what their masks keep.
 
     Args:
         weights: ``w_RC`` with its pattern, one per consumer; all have the same C, which every M divides. Finite.
-        escapes: how often to accept a loss and search on; large weights get fewer, by a fixed count of work.
+        escapes: how often to accept a loss and search on.
+        work: what the escapes may compare, counted in slots x channels x rows; large weights get fewer escapes.
         seed: of the generator that samples rows and draws escapes.
 
     Raises:
@@ -100,7 +104,7 @@ def best_order(weights: Sequence[tuple[Tensor, Pattern]], *, escapes: int = 200,
     part = max(_CHANNELS // stripe, 2) * stripe
     for start in range(0, channels, part):
         some = slice(start, min(start + part, channels))
-        permutation[some] = start + _search([(w[:, some], p) for w, p in rows], stripe, escapes, generator)
+        permutation[some] = start + _search([(w[:, some], p) for w, p in rows], stripe, escapes, work, generator)
 
     def kept(order_C: Tensor) -> float:
         return sum(kept_magnitude(w[:, order_C], p) for w, p in rows)
@@ -113,14 +117,16 @@ def best_order(weights: Sequence[tuple[Tensor, Pattern]], *, escapes: int = 200,
     return ChannelOrder(permutation, before, after, ideal, total)
 
 
-def _search(weights: Sequence[tuple[Tensor, Pattern]], stripe: int, escapes: int, generator: torch.Generator) -> Tensor:
+def _search(
+    weights: Sequence[tuple[Tensor, Pattern]], stripe: int, escapes: int, work: int, generator: torch.Generator
+) -> Tensor:
     """Find an order of the columns of non-negative weights; int64 ``[C]``."""
     channels = weights[0][0].shape[1]
     order = _Order(_rounded(weights, generator), channels, stripe)
     if order.stripes < 2:
         return order.slots
     order.climb()
-    best, spare = order.copy(), order.work + _ESCAPE_WORK
+    best, spare = order.copy(), order.work + work
     for _ in range(escapes):
         if order.work > spare:
             break

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nmgraph.layers.masked import LAYERS
-from nmgraph.nm.channel_permutation import ChannelOrder, best_order
+from nmgraph.nm.channel_permutation import ESCAPE_WORK, ChannelOrder, best_order
 from nmgraph.nm.grouping import FLAT, canonical
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.channel_claims import Claim, Claims
@@ -31,6 +31,8 @@ from nmgraph.passes.permutation_report import PermutationReport, Region
 from nmgraph.passes.rewrite import Decision
 from nmgraph.passes.structure import tensors_of
 from nmgraph.passes.trace import Trace, in_mode, trace
+
+_ESCAPE_WORK = 2**32  # what the searches of all regions may spend on escapes, a few seconds
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ def plan_permutation(
         _pin_misfits(claim, readers)
     regions: list[Region] = []
     orders: dict[Run, ChannelOrder] = {}
-    for run, found in _regions(claims, readers):
-        region, better = _search(run, found, readers)
+    found_regions = list(_regions(claims, readers))
+    work = min(ESCAPE_WORK, _ESCAPE_WORK // max(1, len(found_regions)))
+    for run, found in found_regions:
+        region, better = _search(run, found, readers, work)
         regions.append(region)
         if better is not None:
             orders[run] = better
@@ -94,12 +98,14 @@ def _regions(claims: Claims, readers: Mapping[str, Decision]) -> Iterator[tuple[
             yield run, found
 
 
-def _search(run: Run, claims: Sequence[Claim], readers: Mapping[str, Decision]) -> tuple[Region, ChannelOrder | None]:
+def _search(
+    run: Run, claims: Sequence[Claim], readers: Mapping[str, Decision], work: int
+) -> tuple[Region, ChannelOrder | None]:
     writers = tuple(dict.fromkeys(_owner(c) for c in claims if "writes" in c.roles))
     reading = tuple(dict.fromkeys(_owner(c) for c in claims if _reader(c, readers)))
     if run.pinned:
         return Region(writers, reading, run.size, False, reason=run.pinned), None
-    found = best_order([part for c in claims if (d := _reader(c, readers)) for part in _columns(c, run, d)])
+    found = best_order([part for c in claims if (d := _reader(c, readers)) for part in _columns(c, run, d)], work=work)
     gained = found.after > found.before
     reason = "" if gained else "no order was found that keeps more"
     region = Region(writers, reading, run.size, gained, found.before, found.after, found.ideal, reason)
