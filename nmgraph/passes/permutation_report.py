@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.markup import escape
@@ -43,6 +43,12 @@ class Region:
         """Share of the possible gain that was found."""
         possible = self.ideal - self.before
         return (self.after - self.before) / possible if possible > 0 else 0.0
+
+    def seen_from(self, path: str) -> Region:
+        """Give the region with the names that an owner of its module uses."""
+        named = (tuple(f"{path}.{name}".rstrip(".") for name in names) for names in (self.writers, self.readers))
+        writers, readers = named
+        return replace(self, writers=writers, readers=readers)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Region:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmgraph.errors import ConversionError
 from nmgraph.layers.masked import LAYERS
 from nmgraph.nm.channel_permutation import ESCAPE_WORK, ChannelOrder, best_order
 from nmgraph.nm.grouping import FLAT, canonical
@@ -85,6 +86,24 @@ def plan_permutation(
             orders[run] = better
     moves = [(c.tensor, c.dim, order) for c in claims.axes.values() if (order := _order_of(c, orders)) is not None]
     return ChannelPlan(tuple(moves), PermutationReport(tuple(regions)))
+
+
+def require_same_answer(before: Sequence[Tensor], after: Sequence[Tensor], name: str) -> None:
+    """Refuse a permutation that changed the model.
+
+    Raises:
+        ConversionError: if its answers differ by more than rounding.
+    """
+    for one, other in zip(before, after, strict=True):
+        if not one.is_floating_point():
+            continue
+        # Sums in another order differ by rounding; a wrong order of channels, by much more.
+        allowed = torch.finfo(one.dtype).eps ** 0.5 * one.detach().abs().nan_to_num(posinf=0.0).max().clamp(min=1e-30)
+        if bool(((one - other).abs() > allowed).any()):
+            raise ConversionError(
+                f"{name} answers otherwise after its channels were permuted, or answers otherwise each time; it has been "
+                "left as it was. Convert it without permute_channels (--permute-channels)."
+            )
 
 
 def _regions(claims: Claims, readers: Mapping[str, Decision]) -> Iterator[tuple[Run, list[Claim]]]:
