@@ -136,7 +136,7 @@ def convert(
             order.undo()
         raise
     written = planned.manifest(() if inputs is None else inputs.shapes())
-    write_manifest(model, written if order is None else replace(written, permuted=order.report.regions))
+    write_manifest(model, written if order is None else replace(written, channel_order=order.report.regions))
     return model
 
 

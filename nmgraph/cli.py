@@ -180,11 +180,7 @@ def convert(
             published = find_preset(method, preset)
             settings["preset"] = {"name": preset, **dataclasses.asdict(published)}
             note = f"{_explain(preset, published, told.method.options(), keep_dense, block_axis)}\n{note}"
-        shown: Any = found
-        if permute_channels:
-            report = PermutationReport(found.permuted)
-            settings["channel_order"] = report.to_dict()
-            shown = Group(found, report)
+        shown = Group(found, PermutationReport(found.channel_order)) if permute_channels else found
         _answer(json, {"output": str(out), **settings, **found.to_dict()}, shown, note)
 
 

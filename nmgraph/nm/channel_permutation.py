@@ -24,7 +24,7 @@ from nmgraph.nm.pattern import Pattern
 
 _LEVELS = 4095  # with at most _ROWS rows, sums stay below 2^24, where float32 still counts in ones
 _ROWS = 4096
-_ROUND = 2**30  # slots x channels x rows that one whole round may compare; more rows are sampled
+_ROUND = 2**29  # slots x channels x rows that one whole round may compare; more rows are sampled
 _CHANNELS = 2048  # that are searched together; more are searched in parts
 ESCAPE_WORK = 2**29
 """Slots x channels x rows that the escapes of one search may compare, unless told otherwise: about a second."""
@@ -216,7 +216,7 @@ class _Order:
         """Compute again what depends on the channels in these stripes."""
         slots = (stripes_T[:, None] * self.stripe + torch.arange(self.stripe)).flatten()
         for (x_CR, p), with_SC, kept_G in zip(self.weights, self.with_SC, self.kept_G, strict=True):
-            x_GMR = x_CR[self.slots[slots]].reshape(-1, p.m, x_CR.shape[1])
+            x_GMR = x_CR[self.slots[slots]].reshape(slots.numel() // p.m, p.m, x_CR.shape[1])
             ranked_GMR = x_GMR.sort(dim=1, descending=True).values
             last, next_ = ranked_GMR[:, p.n - 1 : p.n], ranked_GMR[:, p.n : p.n + 1]
             top = ranked_GMR[:, : p.n].sum(1, keepdim=True)

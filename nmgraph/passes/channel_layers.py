@@ -29,7 +29,7 @@ def _layer(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
 def _entering(x: Features | str, axis: int, channels: int) -> tuple[Run, ...] | None:
     """Give the runs that a layer reads; of an unknown tensor, runs that stay; None if the axes don't agree."""
     if not isinstance(x, Features):
-        return (Run(channels, "nothing is known of the order of its input"),)
+        return (Run(channels, "its input could not be followed to a layer"),)
     return x.runs if x.axis == axis and size(x.runs) == channels else None
 
 

@@ -64,14 +64,14 @@ class Manifest:
         inputs: (shape, dtype, name) of the example inputs, where any were given.
         untraced: modules and classes whose forward could not be followed, with the reason; a product with a bare
             parameter inside them is not listed.
-        permuted: regions whose channels have another order than in the dense model.
+        channel_order: regions of a channel permutation; those that say permuted have another order than in the dense model.
     """
 
     method: str
     entries: tuple[Entry, ...]
     inputs: tuple[tuple[tuple[int, ...], str, str], ...] = ()
     untraced: dict[str, str] = field(default_factory=dict)
-    permuted: tuple[Region, ...] = ()
+    channel_order: tuple[Region, ...] = ()
 
     @property
     def converted(self) -> tuple[Entry, ...]:
@@ -105,8 +105,8 @@ class Manifest:
             return self
         entries = (replace(e, name=f"{path}.{e.name}".rstrip(".")) for e in self.entries)
         untraced = {f"{path}.{name}": reason for name, reason in self.untraced.items()}
-        permuted = tuple(r.seen_from(path) for r in self.permuted)
-        return Manifest(self.method, tuple(entries), (), untraced, permuted)
+        regions = tuple(r.seen_from(path) for r in self.channel_order)
+        return Manifest(self.method, tuple(entries), (), untraced, regions)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
@@ -122,8 +122,8 @@ class Manifest:
         values = json.loads(text)
         entries = tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in values["entries"])
         inputs = tuple((tuple(shape), dtype, name) for shape, dtype, name in values["inputs"])
-        permuted = tuple(map(Region.from_dict, values.get("permuted", ())))
-        return cls(values["method"], entries, inputs, values["untraced"], permuted)
+        regions = tuple(map(Region.from_dict, values.get("channel_order", ())))
+        return cls(values["method"], entries, inputs, values["untraced"], regions)
 
     def __str__(self) -> str:
         return (
@@ -175,8 +175,8 @@ def find_manifest(model: nn.Module) -> Manifest | None:
         return None
     methods = "+".join(dict.fromkeys(m.method for m in found))
     untraced = {name: reason for m in found for name, reason in m.untraced.items()}
-    permuted = tuple(r for m in found for r in m.permuted)
-    return Manifest(methods, tuple(e for m in found for e in m.entries), found[0].inputs, untraced, permuted)
+    regions = tuple(r for m in found for r in m.channel_order)
+    return Manifest(methods, tuple(e for m in found for e in m.entries), found[0].inputs, untraced, regions)
 
 
 def require_manifest(model: nn.Module) -> Manifest:

@@ -1,8 +1,8 @@
-"""What a channel permutation did to a model: one row per region, as values, a table and JSON."""
+"""What a channel permutation did to a model: one row per region, as values and as a table; JSON is the manifest's."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.markup import escape
@@ -70,10 +70,6 @@ class PermutationReport:
     def permuted(self) -> tuple[Region, ...]:
         """Regions in a new order."""
         return tuple(r for r in self.regions if r.permuted)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain values."""
-        return {"regions": [{**asdict(r), "gain": r.gain, "efficacy": r.efficacy} for r in self.regions]}
 
     def __str__(self) -> str:
         done = self.permuted

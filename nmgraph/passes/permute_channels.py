@@ -107,7 +107,7 @@ def require_same_answer(before: Sequence[Tensor], after: Sequence[Tensor], name:
 
 
 def _regions(claims: Claims, readers: Mapping[str, Decision]) -> Iterator[tuple[Run, list[Claim]]]:
-    """Give every run that a layer to be pruned reads, with all claims on it, in the order of the graph."""
+    """Give every run that a layer to be pruned reads, with all claims on it."""
     by_run: dict[Run, list[Claim]] = {}
     for claim in claims.axes.values():
         for run in dict.fromkeys(whole(claim.runs)):
