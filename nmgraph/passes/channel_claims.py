@@ -72,16 +72,19 @@ class Claims:
     Attributes:
         axes: claims by tensor and axis.
         frozen: reasons to leave a tensor as it is.
+        touched: tensors that the graph being read has claimed.
     """
 
     axes: dict[tuple[int, int], Claim] = field(default_factory=dict)
     frozen: dict[int, str] = field(default_factory=dict)
+    touched: set[int] = field(default_factory=set)
     _kinds: dict[int, str] = field(default_factory=dict)
 
     def claim(self, name: str, tensor: Tensor | None, dim: int, runs: tuple[Run, ...], role: str, kind: str) -> None:
         """Say that an axis lies in the order of ``runs``; if that was said before, both orders are one."""
         if tensor is None:
             return
+        self.touched.add(id(tensor))
         if self._kinds.setdefault(id(tensor), kind) != kind or tensor.shape[dim] != size(runs):
             self.freeze(tensor, f"{name} is used in two ways")
         known = self.axes.setdefault((id(tensor), dim), Claim(name, tensor, dim, runs))
@@ -92,11 +95,11 @@ class Claims:
         """Leave a tensor as it is."""
         self.frozen.setdefault(id(tensor), reason)
 
-    def freeze_module(self, module: nn.Module, reason: str) -> None:
-        """Leave all that a module and its parts hold as it is."""
+    def freeze_module(self, module: nn.Module, reason: str, only: set[int] | None = None) -> None:
+        """Leave all that a module and its parts hold as it is, or ``only`` these tensors of it."""
         for part in module.modules():
             for tensor in (*part._parameters.values(), *part._buffers.values()):
-                if tensor is not None:
+                if tensor is not None and (only is None or id(tensor) in only):
                     self.freeze(tensor, reason)
 
     def settle(self) -> None:

@@ -7,6 +7,7 @@ pins all channels that come to it and freezes all parameters that it reads: noth
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -17,11 +18,17 @@ from nmgraph.passes.channel_layers import MODULES
 from nmgraph.passes.channel_runs import pin
 
 
-def follow(root: nn.Module, graph: fx.Graph, prefix: str, claims: Claims) -> None:
-    """Read one graph of the module at ``prefix``; what it tells is added to the claims."""
-    flow = _Flow(root, prefix, Reading({}, claims))
+def follow(root: nn.Module, graph: fx.Graph, prefix: str, claims: Claims, leaves: Collection[str] = ()) -> None:
+    """Read one graph of the module at ``prefix``; what it tells is added to the claims.
+
+    ``leaves`` are called modules whose parts have graphs of their own: of these only what this graph uses, too, is frozen.
+    """
+    claims.touched.clear()
+    flow = _Flow(root, prefix, Reading({}, claims), leaves)
     for node in graph.nodes:
         flow.known.values[node] = flow.value(node)
+    for name in leaves:
+        claims.freeze_module(root.get_submodule(name), f"{prefix}{name} is not followed", claims.touched)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class _Flow:
     root: nn.Module
     prefix: str
     known: Reading
+    leaves: Collection[str]
 
     def value(self, node: fx.Node) -> Value:
         """Say what a node gives; pin what comes to it where that is not certain."""
@@ -76,7 +84,8 @@ class _Flow:
         elif node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             reason = f"{self.prefix}{node.target} ({type(module).__name__}) is not followed"
-            self.known.claims.freeze_module(module, reason)
+            if node.target not in self.leaves:
+                self.known.claims.freeze_module(module, reason)
         for given in node.all_input_nodes:
             value = self.known.values[given]
             if isinstance(value, Held):

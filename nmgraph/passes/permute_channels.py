@@ -69,7 +69,7 @@ def plan_permutation(
     """
     claims = Claims()
     for view in _views(model, calls):
-        follow(view.root, view.graph, view.prefix, claims)
+        follow(view.root, view.graph, view.prefix, claims, view.leaves)
     _freeze_the_unmovable(model, claims)
     claims.settle()
     readers = {d.site.name: d for d in decisions if d.refusal is None}
@@ -223,6 +223,7 @@ class _View:
     root: nn.Module
     graph: Any
     prefix: str
+    leaves: list[str]
 
 
 def _views(model: nn.Module, calls: Mapping[str, int] | None) -> Iterator[_View]:
@@ -239,7 +240,7 @@ def _views_of(
     if untraced and traces and not _is_called_whole(module, prefix, traces, untraced, calls):
         return
     for traced in traces:
-        yield _View(traced.root, traced.graph, prefix)
+        yield _View(traced.root, traced.graph, prefix, _untraced_leaves(traced))
     leaves = {prefix: module} if not traces else {
         f"{prefix}{name}.": module.get_submodule(name) for traced in traces for name in _untraced_leaves(traced)
     }  # fmt: skip
@@ -323,28 +324,25 @@ _REACHING = {
 
 
 def _words(kind: type) -> set[str]:
-    """Collect the names and strings in a class's methods, and in the functions of its package that these use."""
+    """Collect the names and strings in a class's forward, and in the methods and functions of its package that it uses."""
     package = kind.__module__.partition(".")[0]
-    pending: list[Any] = [
-        value
-        for base in kind.__mro__
-        if not base.__module__.startswith("torch.nn.modules") and base is not object
-        for name, value in vars(base).items()
-        if name != "__init__"
-    ]
+    pending: list[Any] = [inspect.getattr_static(kind, "forward")]
     words: set[str] = set()
-    seen: set[int] = set()
+    seen: set[Any] = set()
     while pending:
         value = pending.pop()
         value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         value = inspect.unwrap(value) if callable(value) else value
-        if not isinstance(value, FunctionType) or id(value) in seen:
+        if not isinstance(value, FunctionType) or value in seen:
             continue
-        seen.add(id(value))
+        seen.add(value)
         found = set(_words_of(value.__code__))
         words |= found
-        for name in found & set(value.__globals__):
-            other = value.__globals__[name]
+        for name in found:
+            method = inspect.getattr_static(kind, name, None)
+            if method is not inspect.getattr_static(nn.Module, name, None):
+                pending.append(method)
+            other = value.__globals__.get(name)
             if isinstance(other, FunctionType) and other.__module__.partition(".")[0] == package:
                 pending.append(other)
     return words

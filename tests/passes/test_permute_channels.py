@@ -426,6 +426,23 @@ def test_parts_of_a_model_without_a_graph_are_permuted(any_order):
     assert [r.readers for r in report.permuted] == [("part.wide",)]
 
 
+class Around(nn.Module):
+    """Has a graph, but for one part; ``borrow`` also calls what is inside that part."""
+
+    def __init__(self, borrow=False):
+        super().__init__()
+        self.first, self.outer, self.borrow = nn.Linear(16, 16), Outer(Block()), borrow
+
+    def forward(self, x):
+        x = self.outer.part.wide(self.outer.part.narrow(x).flip(-1)) if self.borrow else x
+        return self.outer(torch.relu(self.first(x)))
+
+
+def test_parts_of_a_part_without_a_graph_are_permuted_unless_others_use_them(any_order):
+    assert [r.readers for r in permuted(Around(), torch.rand(3, 16)).permuted] == [("outer.part.wide",)]
+    assert not permuted(Around(borrow=True), torch.rand(3, 16)).permuted
+
+
 def test_parts_that_may_be_called_piece_by_piece_stop(any_order):
     assert permuted(ReachesInside(Block()), torch.rand(3, 16)).regions == ()
     square = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
