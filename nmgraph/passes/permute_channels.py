@@ -317,8 +317,9 @@ def _is_called_whole(
     return not any("forward" in holder.__dict__ or forbidden & _words(type(holder)) for holder in untraced)
 
 
+# Not parameters(): its use is to ask for a dtype or device.
 _REACHING = {
-    "children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "parameters",
+    "children", "named_children", "modules", "named_modules", "_modules", "get_submodule",
     "named_parameters", "_parameters", "__dict__",
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torchvision.models.vision_transformer import VisionTransformer
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import nmgraph
@@ -441,6 +442,16 @@ class Around(nn.Module):
 def test_parts_of_a_part_without_a_graph_are_permuted_unless_others_use_them(any_order):
     assert [r.readers for r in permuted(Around(), torch.rand(3, 16)).permuted] == [("outer.part.wide",)]
     assert not permuted(Around(borrow=True), torch.rand(3, 16)).permuted
+
+
+def test_hidden_layers_of_a_hugging_face_model_are_permuted(any_order):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "use_cache": False}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5))
+    report = permuted(model, torch.randint(0, 64, (2, 7)))
+    assert [(r.writers, r.readers) for r in report.permuted] == [
+        ((f"{mlp}.gate_proj", f"{mlp}.up_proj"), (f"{mlp}.down_proj",))
+        for mlp in ("model.layers.0.mlp", "model.layers.1.mlp")
+    ]
 
 
 def test_parts_that_may_be_called_piece_by_piece_stop(any_order):
