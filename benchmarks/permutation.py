@@ -1,6 +1,6 @@
 """How much magnitude a channel permutation saves, and how long the search takes.
 
-    python benchmarks/permutation.py --json benchmarks/results/permutation.json
+    python benchmarks/permutation.py --threads 1 --json benchmarks/results/permutation.json
 
 Efficacy as apex's permutation_tests count it: the share of what could be gained at most, (kept - kept in the given
 order) / (kept if every row kept its largest half - kept in the given order), at 2:4. The matrices are random, 128 rows
@@ -81,9 +81,12 @@ def measure_network() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--matrices", type=int, default=10, help="how many random ones")
+    parser.add_argument("--threads", type=int, help="of torch; default its usual number")
     parser.add_argument("--no-network", action="store_true", help="leave ResNet-50 away")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
 
     print(f"{'128 x 64, 2:4':<16} {'search':>8} {'s':>6}   {'best of 1000 random':>20} {'s':>6}")
     results = []
