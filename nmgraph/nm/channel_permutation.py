@@ -61,7 +61,7 @@ def kept_magnitude(w_RC: Tensor, pattern: Pattern) -> float:
     >>> kept_magnitude(torch.tensor([[4.0, 3.0, -2.0, 1.0]]), Pattern(1, 2))
     6.0
     """
-    blocks_RGM = w_RC.detach().abs().reshape(w_RC.shape[0], -1, pattern.m)
+    blocks_RGM = w_RC.detach().abs().reshape(w_RC.shape[0], w_RC.shape[1] // pattern.m, pattern.m)
     return float(blocks_RGM.topk(pattern.n, dim=-1).values.sum(dtype=torch.float64))
 
 
