@@ -27,6 +27,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/permutation.py
 
 bindings: $(INSTALLED)
 	$(BIN)/python tests/export/bindings_wheels.py fetch

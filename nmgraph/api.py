@@ -33,9 +33,10 @@ from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import find_sites
 from nmgraph.passes.finalize import fold, require_finished
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
+from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, require_same_answer
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
-from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, restrict, rewrite
+from nmgraph.passes.rewrite import Decision, Plan, Selection, decide, require_finite, require_some, restrict, rewrite
 from nmgraph.passes.structure import copy_structure, duplicate, find_sharded, share_parameters, unwrapped
 from nmgraph.passes.trace import Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
@@ -70,6 +71,7 @@ def convert(
     keep_dense: Sequence[str] | None = None,
     block_axis: str | None = None,
     preset: str | None = None,
+    permute_channels: bool = False,
     mode: str = "auto",
     tracer: fx.Tracer | None = None,
     concrete_args: dict[str, Any] | None = None,
@@ -96,6 +98,8 @@ def convert(
         block_axis: ``"channels"``, the default, or ``"flat"``: blocks of a convolution run along its kernel window
             and then over channels, as in published results of SR-STE and Bi-Mask; TensorRT cannot use these.
         preset: published settings of the method by name, such as ``"paper"``; what is given beside it counts more.
+        permute_channels: first give channels the order in which the masks keep most magnitude, wherever the graph shows
+            that the model's answer stays the same. Its weights are then no longer in the order of the dense checkpoint.
         mode: ``"auto"`` changes layers in place; ``"graph"`` returns a whole ``torch.fx.GraphModule`` that shares
             the model's parameters, and leaves the model itself as it was.
         tracer: a tracer of your own for the model as a whole, such as one with other leaves.
@@ -128,13 +132,47 @@ def convert(
     planned = plan(model, recipe, selection, inputs=inputs, how=how, progress=progress)
     require_some(planned.decisions, model)
     require_finite(planned.decisions)
+    dense = model
     if mode == "graph":
         model = _as_graph(model, inputs, how)
         planned = replace(planned, decisions=tuple(restrict(planned.decisions, model)))
+    order = None
+    if permute_channels:
+        progress("permuting channels")
+        order = permute(dense, planned.decisions, inputs)
     progress("rewriting layers")
-    rewrite(model, planned.recipes)
-    write_manifest(model, planned.manifest(() if inputs is None else inputs.shapes()))
+    try:
+        rewrite(model, planned.recipes)
+    except BaseException:
+        if order is not None:
+            order.undo()
+        raise
+    written = planned.manifest(() if inputs is None else inputs.shapes())
+    write_manifest(model, written if order is None else replace(written, channel_order=order.report.regions))
     return model
+
+
+def permute(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs | None = None) -> ChannelPlan:
+    """Permute the channels of a dense model in place, for the masks that its sites will have.
+
+    Raises:
+        ConversionError: if the model answers otherwise on the inputs then; it is left as it was.
+    """
+    if inputs is None:
+        order = plan_permutation(model, decisions)
+        order.apply()
+        return order
+    order = plan_permutation(model, decisions, watch(model, inputs.call).calls)
+    before = inputs.outputs(copy_structure(model, share_parameters).eval())
+    order.apply()
+    try:
+        require_same_answer(
+            before, inputs.outputs(copy_structure(model, share_parameters).eval()), type(model).__name__
+        )
+    except BaseException:
+        order.undo()
+        raise
+    return order
 
 
 def select(

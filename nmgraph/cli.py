@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -32,6 +32,7 @@ from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import METHODS, find_preset, make_method
 from nmgraph.methods.contract import Preset
 from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.permutation_report import PermutationReport
 
 FINE, FAILED, MISUSED = 0, 1, 2
 _EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES = 6, 3, 2
@@ -162,6 +163,9 @@ def convert(
     keep_dense: KeepDenseOption = None,
     block_axis: BlockAxisOption = None,
     preset: PresetOption = None,
+    permute_channels: Annotated[
+        bool, typer.Option("--permute-channels", help="First order channels so that the masks keep more.")
+    ] = False,
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006
     input: InputOption = [],  # noqa: B006
@@ -171,7 +175,7 @@ def convert(
     debug: DebugOption = False,
 ) -> None:
     """Make a model's layers sparse-trainable, and write it beside the model as .nm.pt."""
-    with _answering(json, debug), _progress(json, _CONVERT_STAGES) as progress:
+    with _answering(json, debug), _progress(json, _CONVERT_STAGES + permute_channels) as progress:
         out = output or default_output(model)
         require_writable(out, overwrite=overwrite)
         if out.exists() and model.exists() and out.samefile(model):
@@ -182,7 +186,8 @@ def convert(
         converted = nmgraph.convert(
             dense.model, method=method, pattern=pattern, skip=skip, include=include, layers=layers, example_inputs=_inputs(input),
             keep_dense=None if keep_dense is None else [end.strip() for end in keep_dense.split(",") if end.strip()],
-            block_axis=block_axis, preset=preset, progress=progress, **options,
+            block_axis=block_axis, preset=preset, permute_channels=permute_channels,
+            progress=progress, **options,
         )  # fmt: skip
         nmgraph.save(converted, out, factory=dense.factory)
         found = nmgraph.manifest(converted)
@@ -196,7 +201,8 @@ def convert(
             published = find_preset(method, preset)
             settings["preset"] = {"name": preset, **dataclasses.asdict(published)}
             note = f"{_explain(preset, published, told.method.options(), keep_dense, block_axis)}\n{note}"
-        _answer(json, {"output": str(out), **settings, **found.to_dict(), "notes": dense.notes}, found, note)
+        shown = Group(found, PermutationReport(found.channel_order)) if permute_channels else found
+        _answer(json, {"output": str(out), **settings, **found.to_dict(), "notes": dense.notes}, shown, note)
 
 
 @app.command()

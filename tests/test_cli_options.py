@@ -11,7 +11,7 @@ COMMANDS = {
     "inspect": ["MODEL", "--model", "--trust", "--method", "--pattern", "--input", "--json", "--debug"],
     "convert": [
         "MODEL", "--method", "--pattern", "--set", "--skip", "--include", "--layer", "--keep-dense", "--block-axis", "--preset",
-        "--model", "--trust", "--input", "-o --output", "--overwrite", "--json", "--debug",
+        "--permute-channels", "--model", "--trust", "--input", "-o --output", "--overwrite", "--json", "--debug",
     ],
     "status": ["CONVERTED", "--model", "--trust", "--json", "--debug"],
     "export": [

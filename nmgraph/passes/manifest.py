@@ -14,6 +14,7 @@ from torch import fx, nn
 from nmgraph.errors import ConversionError
 from nmgraph.nm.grouping import FLAT, Axis
 from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.permutation_report import Region
 
 _ATTRIBUTE = "nm_manifest"
 MANIFEST_KEY = "nmgraph.manifest"  # in the metadata of files
@@ -66,12 +67,14 @@ class Manifest:
         entries: all sites, in the model's order.
         inputs: (shape, dtype, name) of the example inputs, where any were given.
         untraced: classes whose forward could not be followed, or ``(root)``, with the reason.
+        channel_order: regions of a channel permutation; those that say permuted have another order than in the dense model.
     """
 
     method: str
     entries: tuple[Entry, ...]
     inputs: tuple[tuple[tuple[int, ...], str, str], ...] = ()
     untraced: dict[str, str] = field(default_factory=dict)
+    channel_order: tuple[Region, ...] = ()
 
     @property
     def converted(self) -> tuple[Entry, ...]:
@@ -111,7 +114,8 @@ class Manifest:
             return self
         entries = (replace(e, name=f"{path}.{e.name}".rstrip(".")) for e in self.entries)
         untraced = {f"{path}.{name}": reason for name, reason in self.untraced.items()}
-        return Manifest(self.method, tuple(entries), (), untraced)
+        regions = tuple(r.seen_from(path) for r in self.channel_order)
+        return Manifest(self.method, tuple(entries), (), untraced, regions)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
@@ -128,7 +132,8 @@ class Manifest:
         tuples = ("shape", "fits")
         entries = tuple(Entry(**entry | {key: tuple(entry[key]) for key in tuples}) for entry in values["entries"])
         inputs = tuple((tuple(shape), dtype, name) for shape, dtype, name in values["inputs"])
-        return cls(values["method"], entries, inputs, values["untraced"])
+        regions = tuple(map(Region.from_dict, values.get("channel_order", ())))
+        return cls(values["method"], entries, inputs, values["untraced"], regions)
 
     def __str__(self) -> str:
         shares = f"{self.coverage:.1%} of their weights"
@@ -187,7 +192,8 @@ def find_manifest(model: nn.Module) -> Manifest | None:
         return None
     methods = "+".join(dict.fromkeys(m.method for m in found))
     untraced = {name: reason for m in found for name, reason in m.untraced.items()}
-    return Manifest(methods, tuple(e for m in found for e in m.entries), found[0].inputs, untraced)
+    regions = tuple(r for m in found for r in m.channel_order)
+    return Manifest(methods, tuple(e for m in found for e in m.entries), found[0].inputs, untraced, regions)
 
 
 def require_manifest(model: nn.Module) -> Manifest:

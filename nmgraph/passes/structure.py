@@ -35,7 +35,7 @@ def copy_structure(model: nn.Module, become: Callable[[Tensor], Tensor]) -> nn.M
         ConversionError: if something that a module holds cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for tensor in _tensors(model):
+    for tensor in tensors_of(model):
         if id(tensor) not in memo:
             memo[id(tensor)] = become(tensor)
     try:
@@ -90,7 +90,7 @@ def find_sharded(model: nn.Module) -> str:
     return ""
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Find every tensor a module holds, also activations that a forward has put on it."""
     pending: list[Any] = [module.__dict__ for module in model.modules()]
     seen: set[int] = set()

@@ -108,9 +108,9 @@ def trace_both_modes(model: nn.Module, how: Tracing = _USUAL) -> Trace:
     """
     leaves: dict[type[nn.Module], str] = {}
     while True:
-        with _mode(model, True):
+        with in_mode(model, True):
             train = trace(model, leaves, how)
-        with _mode(model, False):
+        with in_mode(model, False):
             evaluate = trace(model, leaves, how)
         for traced in (train, evaluate):
             if traced.graph is None:
@@ -250,7 +250,8 @@ def _nodes(traced: Trace) -> list[fx.Node]:
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put all modules into a mode for a while."""
     before = {module: module.training for module in model.modules()}
     try:
         # Not model.train(): some models override it, to keep their norms frozen.
