@@ -32,6 +32,7 @@ from nmgraph.methods.contract import Method, Preset
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import find_sites
 from nmgraph.passes.finalize import fold, require_finished
+from nmgraph.passes.fold_batchnorm import fold_batchnorms
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
 from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, require_same_answer
 from nmgraph.passes.projection import Projection
@@ -337,6 +338,8 @@ def export(
     safetensors: bool = False,
     hf: bool = False,
     precision: str = "fp32",
+    dynamic_batch: bool = False,
+    fold_batchnorm: bool = False,
     force: bool = False,
     overwrite: bool = False,
     progress: Progress = _silent,
@@ -358,6 +361,8 @@ def export(
             ``verify`` read it.
         hf: write a Hugging Face model as the directory ``hf/`` that ``from_pretrained`` reads, and read it back.
         precision: of the written weights: ``fp32``, ``fp16`` or ``bf16``.
+        dynamic_batch: leave the length of the inputs' first axis open in the ONNX file.
+        fold_batchnorm: fold batch norms into the convolutions before them.
         force: prune unfinished masks by what the method knows; the report names them.
         overwrite: replace an earlier export in ``directory``.
         progress: called with what begins; of an engine's build also with how far it is, after a colon.
@@ -374,6 +379,8 @@ def export(
         raise ExportError("a TensorRT engine is built from the ONNX file: leave onnx on (no --no-onnx).")
     if not compare and not trt:
         raise ExportError("there is no engine to compare: --no-compare (compare=False) goes with --trt.")
+    if dynamic_batch and not onnx:
+        raise ExportError("there is no ONNX file to leave a batch open in: leave onnx on (no --no-onnx).")
     if not (onnx or safetensors or hf):
         raise ExportError("there is nothing to export: leave onnx on, or ask for safetensors.")
     # Only here: onnx and onnxruntime take a second to import.
@@ -398,7 +405,9 @@ def export(
     if target is not None:
         projected, recorded = project_sites(finished, recorded, target)
         write_manifest(finished, recorded)
-    finished = finished.to("cpu", dtype).eval()
+    finished = finished.cpu().eval()
+    folded = _fold_batchnorms(finished, recorded, example_inputs) if fold_batchnorm else ()
+    finished = finished.to(dtype)
     inputs = None
     if onnx and example_inputs is None:
         inputs = find_inputs(finished, recorded, dtype)
@@ -414,10 +423,26 @@ def export(
         safetensors=safetensors,
         pruned=pruned,
         projected=projected,
+        dynamic_batch=dynamic_batch,
+        folded=folded,
         tensorrt=TensorRT(tensorrt, compare) if trt or trt_command else None,
         write_hf=partial(write_hugging_face, manifest=recorded) if hf else None,
         progress=progress,
     )
+
+
+def _fold_batchnorms(model: nn.Module, recorded: Manifest, example_inputs: Any) -> tuple[str, ...]:
+    """Fold in place, and hold the model to its answer from before."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    given = None if example_inputs is None else make_inputs(example_inputs).on_cpu(dtype)
+    inputs = find_inputs(model, recorded, dtype) if given is None else given
+    before = copy_structure(model, duplicate)
+    folded = fold_batchnorms(model)
+    if not inputs.same_answer(before, copy_structure(model, share_parameters)):
+        raise ExportError(
+            f"{type(model).__name__} answers otherwise once its batch norms are folded. Export it without --fold-batchnorm."
+        )
+    return folded
 
 
 def accelerate(model: nn.Module, *, example_inputs: Any) -> Acceleration:

@@ -259,6 +259,12 @@ def export(
     precision: Annotated[
         str, typer.Option("--precision", metavar="fp32|fp16|bf16", help="Of the written weights.")
     ] = "fp32",
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Leave the batch size open in the ONNX file.")
+    ] = False,
+    fold_batchnorm: Annotated[
+        bool, typer.Option("--fold-batchnorm", help="Fold batch norms into convolutions.")
+    ] = False,
     input: InputOption = [],  # noqa: B006
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006
@@ -280,7 +286,8 @@ def export(
         model = nmgraph.load(converted, model=factory, trust=trust)
         report = nmgraph.export(
             model, out, example_inputs=_inputs(input), onnx=not no_onnx, trt=trt, compare=not no_compare,
-            trt_command=trt_command, project=project, safetensors=safetensors, hf=hf, precision=precision, force=force,
+            trt_command=trt_command, project=project, safetensors=safetensors, hf=hf, precision=precision,
+            dynamic_batch=dynamic_batch, fold_batchnorm=fold_batchnorm, force=force,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
         note = f"To build the engine on another machine, in a copy of {out}:\n{report.trtexec}" if trt_command else ""

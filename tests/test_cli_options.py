@@ -15,7 +15,7 @@ COMMANDS = {
     ],
     "status": ["CONVERTED", "--model", "--trust", "--json", "--debug"],
     "export": [
-        "CONVERTED", "--trt", "--no-compare", "--trt-command", "--project", "--no-onnx", "--safetensors", "--hf", "--precision", "--input", "--model", "--trust",
+        "CONVERTED", "--trt", "--no-compare", "--trt-command", "--project", "--no-onnx", "--safetensors", "--hf", "--precision", "--dynamic-batch", "--fold-batchnorm", "--input", "--model", "--trust",
         "-o --output", "--overwrite", "--force", "--json", "--debug",
     ],
     "bench": ["FILE...", "--input", "--rounds", "--json", "--debug"],

@@ -20,7 +20,7 @@ from nmgraph.errors import ExportError
 from nmgraph.export import trt_files
 from nmgraph.export.inputs import Inputs
 from nmgraph.export.onnx_file import without_cache, write_onnx
-from nmgraph.export.parity import Parity, compare
+from nmgraph.export.parity import Parity, compare, joined
 from nmgraph.export.proof import load_onnx, verify_onnx
 from nmgraph.export.trt_command import trtexec_line
 from nmgraph.export.trt_report import EngineReport, TensorRT, write_engine
@@ -65,6 +65,7 @@ class ExportReport:
         pruned: layers whose masks were unfinished, and were pruned because of ``force``.
         sizes: of the compressed weights, if they were written.
         projected: layers that were pruned further because of ``project``, with what that cost.
+        folded: batch norms that were folded into the convolutions before them.
         engine: what was found of the TensorRT engine, if one was built.
         trtexec: the line that builds an engine from the ONNX file on another machine, if it was asked for.
         notes: what the patterns and the precision mean for TensorRT, if it was asked for.
@@ -84,6 +85,7 @@ class ExportReport:
     trtexec: str = ""
     notes: tuple[str, ...] = ()
     hugging_face: ReadBack | None = None
+    folded: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -105,6 +107,7 @@ class ExportReport:
             "parity": self.parity.to_dict() if self.parity else None,
             "hugging_face": self.hugging_face.to_dict() if self.hugging_face else None,
             "compression": self.sizes.to_dict() if self.sizes else None,
+            "folded": list(self.folded),
             "projected": [asdict(p) for p in self.projected],
             "engine": self.engine.to_dict() if self.engine else None,
             "trtexec": self.trtexec,
@@ -137,6 +140,8 @@ class ExportReport:
             table.add_row(
                 "training", "[yellow]forced", f"{len(self.pruned)} unfinished layers were pruned now: {names}"
             )
+        if self.folded:
+            table.add_row("batch norms", "folded", f"{len(self.folded)} into the convolutions before them")
         for p in self.projected:
             cost = f"{p.kept_weights:.1%} of its weights and {p.kept_magnitude:.1%} of their magnitude are left"
             table.add_row("projected", "", escape(f"{p.name}: {p.before} to {p.after}; {cost}"))
@@ -182,7 +187,8 @@ def require_export_directory(directory: Path) -> None:
 def write_bundle(
     model: nn.Module, directory: Path, manifest: Manifest, *, inputs: Inputs | None, precision: str, safetensors: bool,
     pruned: tuple[str, ...], projected: tuple[Projection, ...] = (), tensorrt: TensorRT | None = None,
-    write_hf: Callable[[nn.Module, Path], ReadBack] | None = None, progress: Callable[[str], None],
+    write_hf: Callable[[nn.Module, Path], ReadBack] | None = None, dynamic_batch: bool = False,
+    folded: tuple[str, ...] = (), progress: Callable[[str], None],
 ) -> ExportReport:  # fmt: skip
     """Write a finalized model.
 
@@ -197,6 +203,8 @@ def write_bundle(
         projected: layers that were pruned further, for the report.
         tensorrt: what is wanted of TensorRT, if anything is.
         write_hf: writes a Hugging Face directory and reads it back; None writes none.
+        dynamic_batch: leave the batch of the ONNX file open; it is compared at two more sizes then.
+        folded: batch norms that were folded, for the report.
         progress: called with what begins.
 
     Raises:
@@ -211,12 +219,13 @@ def write_bundle(
             path = temporary / "model.onnx"
             with without_cache(model):
                 progress("writing ONNX")
-                write_onnx(model, inputs, path, manifest)
+                write_onnx(model, inputs, path, manifest, dynamic_batch=dynamic_batch)
                 progress("proving N:M on the ONNX file")
                 onnx_file = load_onnx(path)
                 onnx_proof = verify_onnx(onnx_file, "model.onnx")
                 progress("comparing with ONNX Runtime")
-                parity = compare(model, path, inputs, PRECISIONS[precision])
+                batches = [inputs, *(inputs.with_batch(n) for n in (1, 3) if dynamic_batch)]
+                parity = joined(compare(model, path, each, PRECISIONS[precision]) for each in batches)
                 if tensorrt is not None:
                     notes = sparsity_notes(manifest, onnx_proof, precision)
                     trtexec = trtexec_line(onnx_file, inputs)
@@ -235,7 +244,7 @@ def write_bundle(
         files = {str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()}
         found = ExportReport(
             directory, files, precision, str(inputs or ""), weights, onnx_proof, parity, pruned,
-            sizes=sizes, projected=projected, engine=engine, trtexec=trtexec, notes=notes, hugging_face=read_back,
+            sizes=sizes, projected=projected, engine=engine, trtexec=trtexec, notes=notes, hugging_face=read_back, folded=folded,
         )  # fmt: skip
         (temporary / "report.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     return found

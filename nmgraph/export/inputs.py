@@ -75,6 +75,20 @@ class Inputs:
 
         return Inputs(tree_map(cast, self.args), tree_map(cast, self.kwargs), self.source)
 
+    def with_batch(self, size: int) -> Inputs:
+        """Repeat, or cut, each along its first axis.
+
+        Raises:
+            ExportError: if they are not tensors with a first axis of one common length.
+        """
+        tensors = (*self.args, *self.kwargs.values())
+        lengths = {t.shape[0] if isinstance(t, Tensor) and t.dim() else None for t in tensors}
+        length = lengths.pop() if len(lengths) == 1 else None
+        if length is None:
+            raise ExportError(f"the inputs {self} have no batch axis in common, so it can't be left open.")
+        places = torch.arange(size) % length
+        return Inputs(tuple(t[places] for t in self.args), {k: t[places] for k, t in self.kwargs.items()}, self.source)
+
     def named(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Give them by the names an exported file has for them, in its order."""
         values = dict(zip(names, self.args, strict=False)) | self.kwargs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from nmgraph.errors import ExportError, first_line
 from nmgraph.export.inputs import Inputs
@@ -41,12 +43,15 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def write_onnx(model: nn.Module, inputs: Inputs, path: Path, manifest: Manifest | None) -> None:
+def write_onnx(
+    model: nn.Module, inputs: Inputs, path: Path, manifest: Manifest | None, *, dynamic_batch: bool = False
+) -> None:
     """Export a finalized model, with its manifest in the file's metadata.
 
     Args:
         model: ordinary layers, in eval mode.
         inputs: what to trace with; the file takes inputs of these shapes.
+        dynamic_batch: leave the length of their first axis open.
         path: of the ``.onnx`` file; weights beyond 1 GiB go to ``<path>.data`` beside it.
         manifest: of the conversion.
 
@@ -54,12 +59,20 @@ def write_onnx(model: nn.Module, inputs: Inputs, path: Path, manifest: Manifest 
         ExportError: if torch.export cannot follow the model.
     """
     try:
+        shapes = None
+        if dynamic_batch:
+            inputs = inputs.with_batch(2)  # a length of 1 would be taken for a constant
+            shapes = _open_batch(model, inputs)
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(model, inputs.args, kwargs=inputs.kwargs, dynamo=True, verbose=False)
+            program = torch.onnx.export(
+                model, inputs.args, kwargs=inputs.kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False
+            )
     except Exception as error:
         # torch.export and the exporter raise many kinds; all mean that this model is not exportable as it is.
         cause = error.__cause__ or error
+        if isinstance(error, ExportError):
+            raise
         raise ExportError(
             f"{type(model).__name__} can't be exported to ONNX: {first_line(cause)} "
             f"({type(cause).__name__}). The dense model has to export with torch.onnx.export(dynamo=True) first."
@@ -72,6 +85,13 @@ def write_onnx(model: nn.Module, inputs: Inputs, path: Path, manifest: Manifest 
         program.model.metadata_props.update({MANIFEST_KEY: manifest.to_json(), SITES_KEY: json.dumps(sites)})
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     program.save(str(path), external_data=size > INLINE_LIMIT)
+
+
+def _open_batch(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Say of every argument of the forward, as torch.export wants it, that its first axis is open."""
+    batch = torch.export.Dim("batch")
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    return {name: tree_map(lambda _: {0: batch}, value) for name, value in bound.arguments.items()}
 
 
 def name_sites(initializers: Mapping[str, np.ndarray], model: nn.Module, sites: Sequence[str]) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,12 @@ def compare(model: nn.Module, path: Path, inputs: Inputs, dtype: torch.dtype) ->
     return compare_outputs(
         dict(zip(outputs, expected, strict=True)), dict(zip(outputs, found, strict=True)), TOLERANCE[dtype]
     )
+
+
+def joined(several: Iterable[Parity]) -> Parity:
+    """Put together what was found on several inputs."""
+    found = list(several)
+    return Parity(tuple(output for parity in found for output in parity.outputs), found[0].tolerance)
 
 
 def compare_outputs(

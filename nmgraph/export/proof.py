@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +115,11 @@ def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = 
             fits = wanted.divides(channels) and operand.groups == 1
             # Along the kernel as the site was trained; the Conv node itself sums over it all the same.
             axis: Axis = FLAT if axes.get(site) == FLAT and operand.node.op_type == "Conv" else operand.axis
-            checks.append(
-                check_weight(
-                    site or operand.initializer, operand.node.op_type, weight, wanted,
-                    expected=site in patterns or (manifest is None and fits), axis=axis, groups=operand.groups,
-                )
+            check = check_weight(
+                site or operand.initializer, operand.node.op_type, weight, wanted,
+                expected=site in patterns or (manifest is None and fits), axis=axis, groups=operand.groups,
             )  # fmt: skip
+            checks.append(replace(check, node=operand.node.name))
     lost = [name for name in patterns if name not in found]
     if lost:
         problems.append(

@@ -38,6 +38,8 @@ class WeightCheck:
         density: share of non-zero weights.
         finding: the worst block where it does not hold, or why it could not be checked.
         tensorrt: empty if TensorRT may take it for 2:4 sparse tactics, else why not.
+        axis: which was checked: the one that is summed over, or ``flat``.
+        node: name of the ONNX node that multiplies by it.
     """
 
     name: str
@@ -49,6 +51,8 @@ class WeightCheck:
     density: float
     finding: str = ""
     tensorrt: str = ""
+    axis: Axis = 1
+    node: str = ""
 
     @property
     def little_gain(self) -> str:
@@ -132,13 +136,15 @@ def check_weight(
     tensorrt = _tensorrt_obstacle(canonical(weight.detach(), 1) if axis == FLAT else w_OSC, groups)
     if not pattern.divides(channels):
         finding = pattern.misfit(channels)
-        return WeightCheck(name, kind, shape, str(pattern), expected, False, density, finding, tensorrt)
+        return WeightCheck(name, kind, shape, str(pattern), expected, False, density, finding, tensorrt, axis)
     if not bool(torch.isfinite(w_OSC).all()):
-        return WeightCheck(name, kind, shape, str(pattern), True, False, density, "it holds NaN or infinity", tensorrt)
+        return WeightCheck(
+            name, kind, shape, str(pattern), True, False, density, "it holds NaN or infinity", tensorrt, axis
+        )
     check = check_blocks(w_OSC, pattern)
     o, s, g = check.worst
     finding = "" if check.holds else f"block {g} of output {o}, position {s} keeps {check.worst_count} of {pattern.m}"
-    return WeightCheck(name, kind, shape, str(pattern), expected, check.holds, density, finding, tensorrt)
+    return WeightCheck(name, kind, shape, str(pattern), expected, check.holds, density, finding, tensorrt, axis)
 
 
 def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verification:
