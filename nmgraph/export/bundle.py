@@ -223,6 +223,8 @@ def write_bundle(
                 progress("proving N:M on the ONNX file")
                 onnx_file = load_onnx(path)
                 onnx_proof = verify_onnx(onnx_file, "model.onnx")
+                if tensorrt is None:
+                    del onnx_file  # as large as the weights
                 progress("comparing with ONNX Runtime")
                 batches = [inputs, *(inputs.with_batch(n) for n in (1, 3) if dynamic_batch)]
                 parity = joined(compare(model, path, each, PRECISIONS[precision]) for each in batches)

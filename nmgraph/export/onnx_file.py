@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from nmgraph.errors import ExportError, first_line
 from nmgraph.export.inputs import Inputs
+from nmgraph.export.onnx_stream import save_streamed
 from nmgraph.passes.manifest import MANIFEST_KEY, Manifest
 from nmgraph.passes.structure import parameter_of
 
@@ -84,7 +85,10 @@ def write_onnx(
         sites = name_sites(arrays, model, [e.name for e in manifest.converted])
         program.model.metadata_props.update({MANIFEST_KEY: manifest.to_json(), SITES_KEY: json.dumps(sites)})
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    program.save(str(path), external_data=size > INLINE_LIMIT)
+    if size > INLINE_LIMIT:
+        program.save(str(path), external_data=True)
+    else:
+        save_streamed(program.model, path)
 
 
 def _open_batch(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     if not path.exists():
         raise FileError(f"{path} does not exist.")
     try:
+        onnx.checker.check_model(str(path), full_check=False)  # by its path: a model in memory would be copied
         model = onnx.load(str(path))
-        onnx.checker.check_model(model, full_check=False)
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError, RuntimeError) as error:
         raise FileError(f"{path} can't be read as ONNX: {first_line(error)}.") from error
     return model
