@@ -25,7 +25,7 @@ from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.export.trt_rules import parse_projection, require_sparse_sites
 from nmgraph.files import require_writable
 from nmgraph.layers.kinds import is_layer
-from nmgraph.layers.masked import masked_weights
+from nmgraph.layers.masked import masked_modules, masked_weights, unmask
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import find_preset, make_method
 from nmgraph.methods.contract import Method, Preset
@@ -38,7 +38,7 @@ from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, requi
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
 from nmgraph.passes.rewrite import Decision, Plan, Selection, decide, require_finite, require_some, restrict, rewrite
-from nmgraph.passes.structure import copy_structure, duplicate, find_sharded, share_parameters, unwrapped
+from nmgraph.passes.structure import copy_structure, duplicate, find_sharded, parameter_of, share_parameters, unwrapped
 from nmgraph.passes.trace import Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
@@ -144,13 +144,34 @@ def convert(
     progress("rewriting layers")
     try:
         rewrite(model, planned.recipes)
+        _require_masks_read(model, planned)
     except BaseException:
+        for module in list(masked_modules(model)):
+            unmask(module)
         if order is not None:
             order.undo()
         raise
     written = planned.manifest(() if inputs is None else inputs.shapes())
     write_manifest(model, written if order is None else replace(written, channel_order=order.report.regions))
     return model
+
+
+def _require_masks_read(model: nn.Module, planned: Plan) -> None:
+    """Refuse a model whose forward gets at a bare parameter past its mask, through ``_parameters`` or ``parameters()``.
+
+    Raises:
+        ConversionError: naming it.
+    """
+    bare = {d.site.name for d in planned.decisions if d.refusal is None and d.site.bare}
+    if not bare or isinstance(model, fx.GraphModule):
+        return
+    parameters = {parameter_of(name, dict(model.named_parameters())) for name in bare}
+    for use in uses(model).products:
+        if use.parameter in parameters and use.function != "embedding" and not use.computed:
+            raise ConversionError(
+                f"{type(model).__name__} reads {use.parameter} past its mask ({use.function} gets the parameter itself). Read it "
+                f"as an attribute of its module, or leave it dense with --skip {use.parameter}."
+            )
 
 
 def permute(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs | None = None) -> ChannelPlan:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import FileError
 from nmgraph.files import written_atomically
-from nmgraph.layers.masked import PREFIX, masked_modules, masked_weights, unmask
+from nmgraph.layers.masked import buffer_names, masked_modules, masked_weights, unmask
 from nmgraph.layers.recipe import Recipe
 from nmgraph.passes.manifest import Manifest, find_manifest, write_manifest
 from nmgraph.passes.rewrite import rewrite
-from nmgraph.passes.structure import copy_structure, duplicate, owner_of
+from nmgraph.passes.structure import copy_structure, duplicate, owner_of, parameter_of
 
 FORMAT = "nmgraph"
 VERSION = 1
@@ -99,7 +99,8 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
         recipes = {site: Recipe.from_dict(values) for site, values in content["recipes"].items()}
         manifest = Manifest.from_json(content["manifest"])
         state, factory, skeleton = content["state"], content["factory"], content["module"]
-        shapes = {key: tuple(t.shape) for key, t in state.items() if isinstance(t, Tensor) and not _ours(key)}
+        ours = _our_buffers(recipes, state)
+        shapes = {key: tuple(t.shape) for key, t in state.items() if isinstance(t, Tensor) and key not in ours}
         stored = None if skeleton is None else io.BytesIO(skeleton.numpy().tobytes())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"{name} is damaged: {type(error).__name__}: {error}.") from error
@@ -140,8 +141,13 @@ def _again(factory: object) -> str:
     return f"--model {factory}, or in Python model={str(factory).replace(':', '.')}()."
 
 
-def _ours(key: str) -> bool:
-    return key.rpartition(".")[2].startswith(PREFIX)
+def _our_buffers(recipes: Mapping[str, Recipe], state: Mapping[str, Any]) -> set[str]:
+    """Name the entries of a state_dict that the conversion added."""
+    ours = set()
+    for site, recipe in recipes.items():
+        path, _, key = parameter_of(site, state).rpartition(".")
+        ours |= {f"{path}.{name}".lstrip(".") for name in buffer_names(key, recipe)}
+    return ours
 
 
 def _pickled_skeleton(model: nn.Module) -> Tensor:
@@ -156,6 +162,8 @@ def _pickled_skeleton(model: nn.Module) -> Tensor:
     skeleton = copy_structure(model, empty)
     for module in list(masked_modules(skeleton)):
         unmask(module)
+    for part in skeleton.modules():  # how transformers read its files, in classes of its own
+        part.__dict__.pop("_weight_conversions", None)
     buffer = io.BytesIO()
     try:
         torch.save(skeleton, buffer)

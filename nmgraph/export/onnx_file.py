@@ -122,13 +122,27 @@ def name_sites(initializers: Mapping[str, np.ndarray], model: nn.Module, sites: 
         holder = next((n for n, v in initializers.items() if merged and content in _contents(v)), None)
         if holder is not None:
             named[holder] += merged
-    found = {site for owners in named.values() for site in owners}
+    # What else constant folding made of them: turned for another product, or cut.
+    rest = {name: values for name, values in initializers.items() if name not in named and values.ndim >= 2}
     for site in sites:
-        if site not in found:
-            weight = parameters[names[site]].detach().float().numpy()
-            parts = [n for n, v in initializers.items() if n not in named and _is_part(v, weight)]
-            named |= {name: [site] for name in parts}
+        whole = parameters[names[site]].detach().float().numpy() if rest else None
+        for name in [name for name, values in rest.items() if whole is not None and _is_from(values, whole)]:
+            named.setdefault(name, []).append(site)
     return named
+
+
+def _is_from(values: np.ndarray, weight: np.ndarray) -> bool:
+    """Tell whether values are a weight, turned or not, or some rows or one matrix of it."""
+    if values.size == weight.size:
+        return values.ndim == weight.ndim and any(
+            turned.shape == values.shape and np.array_equal(turned, values.astype(np.float32))
+            for turned in _turns(weight)
+        )
+    return values.size < weight.size and _is_part(values, weight)
+
+
+def _turns(values: np.ndarray) -> tuple[np.ndarray, ...]:
+    return (values, values.T, values.swapaxes(-1, -2)) if values.ndim > 2 else (values, values.T)
 
 
 def _is_part(values: np.ndarray, weight: np.ndarray) -> bool:
@@ -144,7 +158,7 @@ def _is_part(values: np.ndarray, weight: np.ndarray) -> bool:
 
 
 def _contents(values: np.ndarray) -> tuple[Hashable, ...]:
-    return (_content(values), _content(values.T)) if values.ndim >= 2 else ()
+    return tuple(map(_content, _turns(values))) if values.ndim >= 2 else ()
 
 
 def _content(values: np.ndarray) -> Hashable:

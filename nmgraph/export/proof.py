@@ -23,6 +23,7 @@ from nmgraph.errors import FileError, first_line
 from nmgraph.export.onnx_file import SITES_KEY, read_manifest
 from nmgraph.nm.grouping import FLAT, Axis
 from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.products import contracted
 from nmgraph.passes.verification import DEFAULT, Verification, WeightCheck, check_weight
 
 _PASSES_VALUES = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear"}
@@ -176,6 +177,10 @@ def _products(node: onnx.NodeProto) -> list[tuple[str, int]]:
             (node.input[0], 0 if attributes.get("transA") else 1),
             (node.input[1], 1 if attributes.get("transB") else 0),
         ]
+    if node.op_type == "Einsum":
+        equation = attributes["equation"].decode()
+        places = ((name, contracted(equation, i)) for i, name in enumerate(node.input))
+        return [(name, axis) for name, axis in places if axis is not None]
     if node.op_type == "MatMul":
         return [(node.input[0], -1), (node.input[1], -2)]
     return []

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nmgraph.errors import ConversionError
 from nmgraph.layers.input_gradient import split_forward
 from nmgraph.layers.kinds import is_layer
 from nmgraph.layers.recipe import Recipe
@@ -221,15 +222,17 @@ class Masked(nn.Module):
         return ", ".join(filter(None, [super().extra_repr(), *own]))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        floats = {
-            k: b for k, b in self._buffers.items() if k.startswith(PREFIX) and b is not None and b.is_floating_point()
-        }
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # model.half() and .to(bfloat16) are about weights; scores and averages would drown in so few bits.
-        for key, before in floats.items():
-            after = self._buffers[key]
-            if after is not None and after.dtype != before.dtype:
-                self._buffers[key] = before.to(device=after.device)
+        names = [n for key, note in self.nm_notes.items() if not note.leader for n in buffer_names(key, note.told)]
+        own = {name: self._buffers.pop(name) for name in names}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(own)
+        for name, before in own.items():
+            assert before is not None
+            after = fn(before.flatten()).reshape(before.shape)  # a memory format is about weights
+            # So are model.half() and .to(bfloat16); scores and averages would drown in so few bits.
+            self._buffers[name] = after if after.dtype == before.dtype else before.to(device=after.device)
         for note in self.nm_notes.values():
             note.at_gradient = None
         return self
@@ -253,7 +256,7 @@ class Masked(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly, so a pickle names the module's own class and makes it again.
-        return _rebuild, (self.nm_base, self.nm_keys, self.nm_splits), self.__dict__.copy()
+        return _rebuild, (self.nm_base, self.nm_keys, self.nm_splits), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 class SplitMasked(Masked):
@@ -286,13 +289,22 @@ def sparsify(layer: nn.Module, key: str, site: str, recipe: Recipe, training: Tr
     assert not (isinstance(layer, Masked) and key in layer.nm_notes)
     with torch.no_grad():
         state = _initial_state(raw, recipe)
-    for name, value in state._asdict().items():
-        layer.register_buffer(_prefix(key) + name, value.to(raw.device))
     clock = torch.zeros(2, dtype=torch.int64, device=raw.device)  # steps done, total
-    layer.register_buffer(f"{_prefix(key)}clock", clock)
-    layer.register_buffer(f"{_prefix(key)}recipe", recipe.to_tensor().to(raw.device))
+    values = (*state, clock, recipe.to_tensor())
+    buffers = dict(zip(buffer_names(key, recipe), values, strict=True))
+    taken = next((name for name in buffers if hasattr(layer, name)), None)
+    if taken is not None:
+        raise ConversionError(f"{site}: {type(layer).__name__} has a {taken} of its own. Rename it, or leave it dense.")
     splits = recipe.method.splits_backward and key == "weight" and is_layer(layer)
-    return MaskedWeight(_take_note(layer, key, Note(site, recipe, training), splits), key)
+    try:
+        masked = _take_note(layer, key, Note(site, recipe, training), splits)
+    except (TypeError, AttributeError) as error:
+        raise ConversionError(
+            f"{site}: no class can be made from {type(layer).__name__}: {error}. Leave it dense with --skip {site}."
+        ) from error
+    for name, value in buffers.items():
+        layer._buffers[name] = value.to(raw.device)
+    return MaskedWeight(masked, key)
 
 
 def _initial_state(raw: Tensor, recipe: Recipe) -> Any:
@@ -314,10 +326,12 @@ def follow(layer: nn.Module, key: str, leader: MaskedWeight) -> None:
 
 def unmask(layer: Masked) -> None:
     """Give a module its own class back, in place; its parameters stay dense."""
-    for name in [name for name in layer._buffers if name.startswith(PREFIX)]:
-        delattr(layer, name)
-    layer.__class__ = layer.nm_base  # type: ignore[assignment]
-    del layer.nm_notes
+    for key, note in layer.nm_notes.items():
+        for name in () if note.leader else buffer_names(key, note.told):
+            del layer._buffers[name]
+            layer._non_persistent_buffers_set.discard(name)
+    _give_class(layer, layer.nm_base)
+    del layer.__dict__["nm_notes"]
 
 
 def masked_modules(model: nn.Module) -> Iterator[Masked]:
@@ -345,12 +359,21 @@ def site_name(path: str, key: str) -> str:
     return path if key == "weight" else f"{path}.{key}".lstrip(".")
 
 
+def buffer_names(key: str, told: Recipe) -> list[str]:
+    """Name the buffers that stand beside a masked parameter."""
+    return [_prefix(key) + name for name in (*told.method.state_type._fields, "clock", "recipe")]  # type: ignore[attr-defined]
+
+
+def _give_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    object.__setattr__(layer, "__class__", cls)  # a module may have a __setattr__ of its own
+
+
 def _take_note(layer: nn.Module, key: str, note: Note, splits: bool) -> Masked:
     if not isinstance(layer, Masked):
-        layer.nm_notes = {}  # type: ignore[assignment]
-        layer.__class__ = _masked_class(type(layer), (key,), splits)
+        _give_class(layer, _masked_class(type(layer), (key,), splits))
+        layer.__dict__["nm_notes"] = {}
     elif key not in layer.nm_keys:
-        layer.__class__ = _masked_class(layer.nm_base, (*layer.nm_keys, key), layer.nm_splits or splits)  # type: ignore[assignment]
+        _give_class(layer, _masked_class(layer.nm_base, (*layer.nm_keys, key), layer.nm_splits or splits))
     masked: Any = layer
     masked.nm_notes[key] = note
     return masked  # type: ignore[no-any-return]

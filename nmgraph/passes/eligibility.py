@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from nmgraph.layers.kinds import is_layer, is_transposed_convolution, layer_axis, layer_base
-from nmgraph.layers.masked import Masked, site_name
+from nmgraph.layers.masked import PREFIX, Masked, site_name
 from nmgraph.layers.recipe import Recipe
 from nmgraph.nm.grouping import FLAT, Axis
 from nmgraph.passes.products import LOOKUP, Use
@@ -25,6 +26,9 @@ from nmgraph.passes.trace import Uses
 _ATTENTION_KEYS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _CELL_KEYS = ("weight_ih", "weight_hh")
 _EXPERT_KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_TORCHS_OWN = {*nn.Module().__dict__, "_flat_weights", "_flat_weight_refs"}
+_CELL_FORWARDS = (nn.RNNCell.forward, nn.LSTMCell.forward, nn.GRUCell.forward)
+_PRUNABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.quantizable")
 
 
@@ -53,6 +57,7 @@ class Site:
         obstacle: what forbids its conversion whatever the pattern.
         default: why it is converted only on request.
         read_by: what multiplies by the layer's weight without calling the layer, where known.
+        bare: whether a forward multiplies by the parameter itself, in a module of no known kind.
     """
 
     name: str
@@ -67,6 +72,7 @@ class Site:
     obstacle: Refusal | None = None
     default: Refusal | None = None
     read_by: str = ""
+    bare: bool = False
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -92,7 +98,7 @@ class Site:
 
 def find_sites(model: nn.Module, uses: Uses) -> list[Site]:
     """List every linear- or conv-like site once, in the model's order."""
-    holders = _holders(model)
+    holders, held = _holders(model), _held_elsewhere(model)
     adapters = _adapters(model)
     products: dict[str, list[Use]] = defaultdict(list)
     for use in uses.products:
@@ -102,7 +108,7 @@ def find_sites(model: nn.Module, uses: Uses) -> list[Site]:
         for site in _sites_of(path, module, holders, products):
             if site.name not in sites:
                 adapted = _adapter_refusal(path, adapters)
-                obstacle, default = site.obstacle, site.default
+                obstacle, default = site.obstacle or _foreign_obstacle(site, held), site.default
                 if adapted is not None and path.startswith(tuple(f"{a}.base_layer" for a in adapters)):
                     default = adapted
                 elif adapted is not None:
@@ -113,7 +119,7 @@ def find_sites(model: nn.Module, uses: Uses) -> list[Site]:
                 )
     for name in uses.unfollowed:
         _add_unknown(name, model, sites)
-    return list(sites.values())
+    return _with_shared_axes(sites.values())
 
 
 def judge(site: Site, recipe: Recipe, *, included: bool = False) -> Refusal | None:
@@ -148,7 +154,7 @@ def _sites_of(
     """List the sites that a module itself holds: of its kind, then those that a forward multiplies by."""
     kind = type(module).__name__
     if is_layer(module):
-        parametrized = parametrize.is_parametrized(module) or module._parameters.get("weight") is None
+        parametrized = parametrize.is_parametrized(module, "weight") or module._parameters.get("weight") is None
         weight = None if parametrized else module._parameters["weight"]
         site = Site(path, kind, _shape(weight), module, axis=layer_axis(module))
         if is_transposed_convolution(module):
@@ -157,16 +163,16 @@ def _sites_of(
         if path.rpartition(".")[2] == "out_proj" and kind == "NonDynamicallyQuantizableLinear":
             readers = ["MultiheadAttention"]
         obstacle = _obstacle(module, weight) or _weight_obstacle(weight) or _own_forward_obstacle(module)
-        yield replace(
-            site, obstacle=obstacle, default=_default(module, weight, holders), read_by=readers[0] if readers else ""
-        )
-        return
+        default = _default(module, weight, holders) or _read_otherwise(site, products)
+        yield replace(site, obstacle=obstacle, default=default, read_by=readers[0] if readers else "")
+        known: dict[str, Axis | Refusal] = {"weight": 1}
+    else:
+        known = dict(_known_parameters(module))
     if type(module).__module__.startswith(_QUANTIZED) and callable(getattr(module, "weight", None)):
         yield Site(path, kind, tuple(module.weight().shape), obstacle=_QUANTIZATION)  # type: ignore[operator]
         return
-    known = dict(_known_parameters(module))
     for key, weight in module._parameters.items():
-        if weight is None:
+        if weight is None or (key == "weight" and is_layer(module)):
             continue
         name = f"{path}.{key}".lstrip(".")
         site = Site(site_name(path, key), kind, _shape(weight), module, key)
@@ -179,15 +185,16 @@ def _sites_of(
             )
         elif multiplied := [use for use in products.get(name, ()) if use.function != "embedding"]:
             embedded = any(use.function == "embedding" for use in products[name])
-            site = replace(site, kind=multiplied[0].function, **_along(multiplied))
+            site = replace(site, kind=multiplied[0].function, bare=True, **_along(multiplied))
             yield _judged(site, weight, holders, embedded=embedded)
 
 
 def _known_parameters(module: nn.Module) -> Iterator[tuple[str, Axis | Refusal]]:
     """List the weights of modules that are no layers themselves: their reduction axes, or what forbids them."""
-    if isinstance(module, nn.MultiheadAttention):
+    kind = type(module)
+    if isinstance(module, nn.MultiheadAttention) and kind.forward is nn.MultiheadAttention.forward:
         yield from ((key, 1) for key in _ATTENTION_KEYS)
-    elif isinstance(module, nn.RNNCellBase):
+    elif isinstance(module, nn.RNNCellBase) and kind.forward in _CELL_FORWARDS:
         yield from ((key, 1) for key in _CELL_KEYS)
     elif isinstance(module, nn.RNNBase):
         fused = Refusal(
@@ -220,7 +227,7 @@ def _along(products: list[Use]) -> dict[str, Any]:
         )
         return {"obstacle": refusal}
     if len(axes) > 1 or None in axes:
-        what = "along more than one of its axes" if len(axes) > 1 else "along no single axis of it"
+        what = "along more than one of its axes" if len(axes) > 1 else "so that no blocks along one of its axes follow"
         return {"obstacle": Refusal(f"{function} sums {what}", "it stays dense; use a parameter for each product")}
     groups = max(use.groups for use in products)
     default = {"default": _grouped(groups)} if groups > 1 else {}
@@ -270,9 +277,59 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
     return holders
 
 
+def _with_shared_axes(sites: Iterable[Site]) -> list[Site]:
+    """Refuse sites that share a parameter and sum over different axes of it."""
+    found = list(sites)
+    axes: dict[int, set[Axis]] = defaultdict(set)
+    for site in found:
+        if site.parameter is not None:
+            axes[id(site.parameter)].add(site.axis)
+    refusal = Refusal("its weight is shared by layers that sum over different axes of it", "untie the weights")
+    return [
+        replace(s, obstacle=s.obstacle or refusal) if s.parameter is not None and len(axes[id(s.parameter)]) > 1 else s
+        for s in found
+    ]
+
+
+def _held_elsewhere(model: nn.Module) -> set[int]:
+    """Find parameters that a module also keeps in an attribute, list or dict of its own, where no mask would reach them."""
+    held = set()
+    for module in model.modules():
+        own = {key: value for key, value in module.__dict__.items() if key not in _TORCHS_OWN}
+        held |= {id(leaf) for leaf in tree_leaves(own) if isinstance(leaf, nn.Parameter)}
+    return held
+
+
+def _foreign_obstacle(site: Site, held: set[int]) -> Refusal | None:
+    """Say what the module that holds a site does with it that no mask would survive."""
+    if id(site.parameter) in held:
+        return Refusal(
+            "a module keeps it in an attribute of its own, too, where it would be read without its mask",
+            "read it as a parameter of its module",
+        )
+    if site.key.startswith(PREFIX):
+        return Refusal(f"its name begins with {PREFIX}, as the names of masks do", "rename it")
+    if site.is_layer and site.module is not None and "lora_A" in site.module._parameters:
+        return Refusal(
+            "it is a layer with an adapter, and merging that would fill its zeros", "merge the adapter first"
+        )
+    return None
+
+
+def _read_otherwise(site: Site, products: Mapping[str, list[Use]]) -> Refusal | None:
+    """Say if a layer's weight is also multiplied by along another axis, or written to, or is a table."""
+    for use in products.get(f"{site.name}.weight".lstrip("."), ()):
+        if use.axis not in (None, site.axis):
+            return Refusal(
+                f"{use.function} multiplies by its weight, too, along axis {use.axis}, where it would not be N:M",
+                "ask for it with --include",
+            )
+    return None
+
+
 def _adapters(model: nn.Module) -> list[str]:
     """Find the modules in which a low-rank adapter stands beside a layer, as PEFT makes them."""
-    return [path for path, m in model.named_modules() if {"base_layer", "lora_A"} <= m._modules.keys()]
+    return [path for path, m in model.named_modules() if {"base_layer", "lora_A"} <= set(m._modules.keys())]
 
 
 def _adapter_refusal(path: str, adapters: list[str]) -> Refusal | None:
@@ -308,8 +365,8 @@ def _weight_obstacle(weight: nn.Parameter | None) -> Refusal | None:
         return Refusal("it is lazy and has no shape yet", "run the model once before converting")
     if weight.numel() == 0:
         return Refusal("it has no weights", "leave it out of the model")
-    if not weight.is_floating_point():
-        return Refusal(f"its weight is {weight.dtype}", "prune before quantizing")
+    if weight.dtype not in _PRUNABLE:
+        return Refusal(f"its weight is {weight.dtype}", "prune in 16, 32 or 64 bit floating point, before quantizing")
     return None
 
 
@@ -344,12 +401,14 @@ def _own_forward_obstacle(layer: nn.Module) -> Refusal | None:
         return None
     keep_dense = "it stays dense; use a plain layer if it should not"
     try:
-        given, seen = _weights_seen(layer)
+        given, seen, changed = _weights_seen(layer)
     except Exception as error:
         # The layer's code is foreign; whatever it raises, the layer stays as it is.
         return Refusal(f"{type(layer).__name__} could not be tried on a sparse weight ({error})", keep_dense)
     if not seen:
         return Refusal(f"{type(layer).__name__} does not multiply by its weight in F.linear or F.conv", keep_dense)
+    if changed:
+        return Refusal(f"{type(layer).__name__} changes its weight in its forward", keep_dense)
     for used in seen:
         if used.shape != given.shape or bool((used[given == 0] != 0).any()):
             return Refusal(
@@ -380,8 +439,8 @@ class _WeightSpy(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _weights_seen(layer: nn.Module) -> tuple[Tensor, list[Tensor]]:
-    """Run a stand-in of the layer on the CPU with a sparse weight; give that weight, and those multiplied by."""
+def _weights_seen(layer: nn.Module) -> tuple[Tensor, list[Tensor], bool]:
+    """Run a stand-in of the layer on the CPU with a sparse weight; give that weight, those multiplied by, and whether it changed."""
     stand_in = copy_structure(
         layer, lambda t: nn.Parameter(torch.ones(t.shape)) if isinstance(t, nn.Parameter) else torch.ones(t.shape)
     )
@@ -403,4 +462,5 @@ def _weights_seen(layer: nn.Module) -> tuple[Tensor, list[Tensor]]:
         x = torch.ones(1, conv.in_channels, *sizes)
     with torch.no_grad(), _WeightSpy() as spy:
         stand_in(x)
-    return given, spy.seen
+    after = stand_in._parameters["weight"]
+    return given, spy.seen, after is None or not torch.equal(after, given)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from nmgraph.errors import ConversionError, UnfinishedError
-from nmgraph.layers.masked import masked_modules, masked_weights, unmask
+from nmgraph.layers.masked import MaskedWeight, masked_modules, masked_weights, unmask
 from nmgraph.nm.grouping import restore
 from nmgraph.nm.masks import check_blocks
 from nmgraph.passes.rewrite import finish
@@ -19,6 +21,7 @@ def require_finished(model: nn.Module) -> None:
         UnfinishedError: naming each unfinished layer, with what is missing.
     """
     weights = masked_weights(model)
+    _require_values(weights)
     for name, weight in weights.items():
         if not torch.equal(weight.recipe.cpu(), weight.told.to_tensor()):
             raise UnfinishedError(
@@ -41,6 +44,20 @@ def require_finished(model: nn.Module) -> None:
     )  # fmt: skip
 
 
+def _require_values(weights: Mapping[str, MaskedWeight]) -> None:
+    """Refuse a model without values.
+
+    Raises:
+        ConversionError: naming the first weight on the meta device.
+    """
+    for name, weight in weights.items():
+        if weight.raw.is_meta:
+            raise ConversionError(
+                f"{name} is on the meta device, where weights have no values. Load a checkpoint first: "
+                "model.load_state_dict(state, assign=True)."
+            )
+
+
 def fold(model: nn.Module) -> tuple[str, ...]:
     """Make every masked layer ordinary again, in place: exact zeros in its parameter, its own class, no buffers of ours.
 
@@ -50,6 +67,7 @@ def fold(model: nn.Module) -> tuple[str, ...]:
         The names of the changed layers.
     """
     weights = masked_weights(model)
+    _require_values(weights)
     for name, weight in weights.items():
         told, raw = weight.told, weight.raw
         with torch.no_grad():

@@ -55,9 +55,10 @@ _METHODS = {
 }
 _KEEPS = {
     "to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "detach", "cuda", "cpu",
-    "chunk", "split", "narrow",
 }  # fmt: skip
-"""What leaves every axis where it is; of chunk and split, whose parts are then taken, each part's axes."""
+"""What leaves every axis where it is, whatever else it is given."""
+_CUTS = {"chunk": 1, "split": 1, "narrow": 0, "tensor_split": 1}
+"""What takes parts along one axis, and the place of that axis among the arguments behind the tensor."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ def find_uses(graph: fx.Graph, root: nn.Module) -> Iterator[Use]:
     origins: dict[fx.Node, Origin | None] = {}  # None: of constants; activations are missing
     for node in graph.nodes:
         _find_origin(node, parameters, origins)
+        written = _written(node, origins)
+        if written is not None and parameters[written.parameter].dim() > 1:
+            yield Use(written.parameter, str(node.target), None, computed=True)
+        table = _embedding(node, root)
+        if table in parameters:
+            yield Use(table, "embedding", None)
         function = _function(node)
         if function is None:
             continue
@@ -114,8 +121,10 @@ def axis_of(axes: Axes, summed: int, dims: int, function: str) -> Axis | None:
     if not -len(axes) <= summed < len(axes):
         return None
     axis = axes[summed]
-    if axis is None or dims == 2 or function.startswith("conv"):
+    if axis is None or dims == 2:
         return axis
+    if function.startswith("conv"):
+        return axis if len(axes) == dims else None  # a stack of kernels
     return axis - dims if axis >= dims - 2 else None  # a stack of matrices
 
 
@@ -176,14 +185,17 @@ def _find_origin(node: fx.Node, parameters: Mapping[str, nn.Parameter], origins:
         name = str(node.target)
         origins[node] = Origin(name, tuple(range(parameters[name].dim()))) if name in parameters else None
         return
+    first = node.args[0] if node.args else None
+    source = origins.get(first) if isinstance(first, fx.Node) else None
+    if source is not None and str(getattr(node.target, "__name__", node.target)) in _KEEPS:
+        origins[node] = source  # also where a dtype is asked of an activation
+        return
     if node.op in ("placeholder", "output") or any(n not in origins for n in node.all_input_nodes):
         return  # an activation
     sources = [o for n in node.all_input_nodes if (o := origins[n]) is not None]
     if not sources:
         origins[node] = None
         return
-    first = node.args[0] if node.args else None
-    source = origins.get(first) if isinstance(first, fx.Node) else None
     moved = None
     if source is not None and not source.computed and len(sources) == 1:
         moved = _moved(node, source.axes)
@@ -209,8 +221,9 @@ def _moved(node: fx.Node, axes: Axes) -> Axes | None:
         None,
     ):
         return None
-    if name in _KEEPS:
-        return axes
+    if name in _CUTS:
+        place = arguments[_CUTS[name]] if len(arguments) > _CUTS[name] else node.kwargs.get("dim", 0)
+        return _cut(axes, place) if isinstance(place, int) else None
     if node.kwargs or not all(isinstance(a, (int, tuple, list)) for a in arguments):
         return None
     if name in ("t", "T", "H"):
@@ -240,7 +253,7 @@ def _moved(node: fx.Node, axes: Axes) -> Axes | None:
 def _selected(node: fx.Node, index: Any, axes: Axes) -> Axes | None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if str(getattr(source.target, "__name__", source.target)) in ("chunk", "split", "unbind"):
+    if str(getattr(source.target, "__name__", source.target)) in (*_CUTS, "unbind"):
         return axes  # one of several parts
     if isinstance(index, (int, fx.Node)):
         return axes[1:]
@@ -248,7 +261,27 @@ def _selected(node: fx.Node, index: Any, axes: Axes) -> Axes | None:
     left: list[int | None] = []
     for place, step in enumerate(steps):
         if isinstance(step, slice):
-            left.append(axes[place])
+            left.append(axes[place] if step == slice(None) else None)  # a part need not hold whole blocks
         elif not isinstance(step, int):
             return None
     return (*left, *axes[len(steps) :])
+
+
+def _cut(axes: Axes, place: int) -> Axes:
+    """Forget an axis that a part is taken of, as that need not hold whole blocks."""
+    return tuple(None if i == place % len(axes) else axis for i, axis in enumerate(axes))
+
+
+def _written(node: fx.Node, origins: Mapping[fx.Node, Origin | None]) -> Origin | None:
+    """Give the parameter that a node writes to in place, if it does."""
+    name = str(getattr(node.target, "__name__", node.target))
+    first = node.args[0] if node.args else None
+    in_place = node.op.startswith("call_") and name.endswith("_") and not name.endswith("__")
+    return origins.get(first) if in_place and isinstance(first, fx.Node) else None
+
+
+def _embedding(node: fx.Node, root: nn.Module) -> str:
+    """Name the table of an embedding that a node calls."""
+    if node.op != "call_module" or not isinstance(root.get_submodule(str(node.target)), nn.Embedding):
+        return ""
+    return f"{node.target}.weight"

@@ -73,7 +73,7 @@ class _Span:
     begin: int
     end: int
     axes: dict[int, int]
-    dims: int
+    shape: tuple[int, ...]
     computed: bool = False
 
 
@@ -82,17 +82,30 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.found = found
         self.spans: dict[int, list[_Span]] = {}  # by memory
-        self.held = {f"{path}.weight".lstrip(".") for path, m in model.named_modules() if is_layer(m)}
+        layers = {id(m._parameters.get("weight")) for m in model.modules() if is_layer(m)}
+        self.names: dict[str, list[str]] = {}  # all, by the first
+        self.held: set[str] = set()
+        first: dict[int, str] = {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(first.setdefault(id(p), name), []).append(name)
+            if id(p) in layers:
+                self.held.add(first[id(p)])
         self.constants = {_memory(b) for b in model.buffers()}
         self.alive: list[Tensor] = []  # or their memory would be used again
         for name, p in model.named_parameters():
             axes = {stride: i for i, (size, stride) in enumerate(zip(p.shape, p.stride(), strict=True)) if size > 1}
             begin = int(p.storage_offset())
-            self.spans.setdefault(_memory(p), []).append(_Span(name, begin, begin + p.numel(), axes, p.dim()))
+            self.spans.setdefault(_memory(p), []).append(_Span(name, begin, begin + p.numel(), axes, tuple(p.shape)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            span = self._span(args[0])
+            if span is not None and not span.computed and func._schema.arguments[0].alias_info is not None:
+                # The model's own parameters must not change because they are looked at.
+                self.found.uses.append(Use(span.parameter, name, None, computed=True))
+                args = (args[0].clone(), *args[1:])
+        out = func(*args, **(kwargs or {}))
         if name == "convolution":
             self._note(
                 args[1],
@@ -116,17 +129,19 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, weight: Tensor, axis: int | None, macs: int, function: str, other: Tensor | None = None, groups: int = 1
     ) -> None:
         span = self._span(weight)
-        if span is None or span.dims < 2:
+        if span is None or len(span.shape) < 2:
             return
         if other is not None and span.parameter not in self.held and _is_one_hot(other):
             function, axis = LOOKUP, None
         axes = tuple(span.axes.get(stride) if size > 1 else None for size, stride in _layout(weight))
-        along = None if axis is None or span.computed else axis_of(axes, axis, span.dims, function)
+        along = None if axis is None or span.computed else axis_of(axes, axis, len(span.shape), function)
+        if axis is not None and isinstance(along, int) and weight.shape[axis] != span.shape[along]:
+            along = None  # a part of it need not hold whole blocks
         use = Use(span.parameter, function, along, span.computed, groups)
         if use not in self.found.uses and span.parameter not in self.held:
             self.found.uses.append(use)
         if axis is not None:
-            self.found.macs[span.parameter] += macs
+            self.found.macs.update(dict.fromkeys(self.names[span.parameter], macs))
 
     def _follow(self, name: str, out: Tensor, given: list[Tensor]) -> None:
         """Note what a new memory holds, if nothing but parameters and constants went into it."""
@@ -146,7 +161,7 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if copied and size > 1 and old in source.axes
         }
         computed = source.computed or not copied
-        self.spans[memory] = [_Span(source.parameter, 0, out.numel(), axes, source.dims, computed)]
+        self.spans[memory] = [_Span(source.parameter, 0, out.numel(), axes, source.shape, computed)]
         self.alive.append(out)
 
     def _span(self, t: Tensor) -> _Span | None:

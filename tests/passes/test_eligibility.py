@@ -207,7 +207,7 @@ REFUSED = {
     ),
     "several axes": (
         lambda x, w: torch.einsum("bij,ij->b", x.reshape(-1, 16, 16), w).unsqueeze(1).expand(-1, 16),
-        "einsum sums along no single axis of it",
+        "einsum sums so that no blocks along one of its axes follow",
     ),
 }
 
