@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -414,3 +416,21 @@ def test_onnx_needs_no_inputs_to_be_told(make, inputs, tmp_path):
     assert (report.holds, report.inputs) == (True, inputs)
     assert len(report.parity.outputs) == 1
     assert getattr(model.config, "use_cache", None) is caching
+
+
+def test_mixture_of_experts_goes_from_its_directory_through_a_file_and_back(tmp_path):
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=120,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "dense")
+    model = nmgraph.convert(open_dense(tmp_path / "dense"), method="srste")
+    assert {e.axis for e in nmgraph.manifest(model).converted if "experts" in e.name} == {-1}
+    nmgraph.save(model, tmp_path / "a.nm.pt")
+    loaded, tokens = nmgraph.load(tmp_path / "a.nm.pt"), torch.arange(7).unsqueeze(0)
+    assert torch.equal(loaded.eval()(tokens).logits, model.eval()(tokens).logits)
+    finished = nmgraph.finalize(loaded)
+    finished.save_pretrained(tmp_path / "sparse")
+    again = open_dense(tmp_path / "sparse")
+    assert torch.equal(again.eval()(tokens).logits, finished.eval()(tokens).logits)
+    assert float((again.model.layers[0].mlp.experts.down_proj == 0).float().mean()) == 0.5
