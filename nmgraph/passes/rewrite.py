@@ -17,8 +17,9 @@ from nmgraph.layers.recipe import Recipe
 from nmgraph.methods.asp import ASP
 from nmgraph.nm.grouping import FLAT
 from nmgraph.nm.pattern import Pattern
-from nmgraph.passes.eligibility import Refusal, Site, judge
+from nmgraph.passes.eligibility import Site, judge
 from nmgraph.passes.manifest import Entry, Manifest
+from nmgraph.passes.refusals import Refusal
 from nmgraph.passes.structure import owner_of
 from nmgraph.passes.trace import Uses
 
