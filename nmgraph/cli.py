@@ -314,20 +314,23 @@ def verify(
 
 @app.command()
 def bench(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="ONNX files; the first is the baseline.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="ONNX files, or engines (.plan); the first is the baseline.")
+    ],
     input: InputOption = [],  # noqa: B006
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Calls of each file that count.")] = 30,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Time ONNX files in ONNX Runtime on this machine, side by side."""
+    """Time ONNX files in ONNX Runtime, or engines in TensorRT, on this machine, side by side."""
     with _answering(json, debug), _progress(json, len(files)) as progress:
         from nmgraph.export.timing import time_files
 
         found = time_files(files, inputs=_inputs(input), rounds=rounds, progress=progress)
-        note = (
+        on_cpu = (
             "ONNX Runtime multiplies zeros like other numbers: sparse files are not faster here, only on NVIDIA GPUs."
         )
+        note = on_cpu if found.runner.startswith("ONNX") else ""
         _answer(json, found.to_dict(), found, note)
 
 

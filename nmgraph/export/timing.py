@@ -1,4 +1,4 @@
-"""Time ONNX files in ONNX Runtime, in turn, so that a busy machine is busy for all of them."""
+"""Time ONNX files in ONNX Runtime, or engines in TensorRT, in turn, so that a busy machine is busy for all of them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from rich.table import Table
 from nmgraph.errors import ExportError, FileError, first_line
 from nmgraph.export.inputs import Inputs, make_up
 from nmgraph.export.parity import open_session
+from nmgraph.export.trt_build import load_engine
+from nmgraph.export.trt_machine import require_tensorrt, this_machine
+from nmgraph.export.trt_run import Execution, input_names, sample_in_turns
 
 _DTYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64",
@@ -49,14 +52,12 @@ class Timings:
     """How long each file takes, from one run.
 
     Attributes:
-        provider: of ONNX Runtime.
-        threads: it may use.
+        runner: what ran them, in words.
         rounds: that count.
         files: in the order given.
     """
 
-    provider: str
-    threads: int
+    runner: str
     rounds: int
     files: tuple[Timing, ...]
 
@@ -65,7 +66,7 @@ class Timings:
         return asdict(self)
 
     def __rich__(self) -> Table:
-        title = f"ONNX Runtime, {self.provider}, {self.threads} thread(s), medians of {self.rounds} calls in turn"
+        title = f"{self.runner}, medians of {self.rounds} calls in turn"
         table = Table(title=escape(title), title_justify="left", header_style="bold")
         for column in ("file", "inputs", "median", "quartiles", "speed, first = 1"):
             table.add_column(column, overflow="fold", justify="left" if column in ("file", "inputs") else "right")
@@ -79,18 +80,20 @@ class Timings:
 def time_files(
     paths: Sequence[Path], *, inputs: Inputs | None = None, rounds: int = 30, progress: Callable[[str], None]
 ) -> Timings:
-    """Time files on the CPU.
+    """Time ONNX files on the CPU, or engines on the GPU.
 
     Args:
-        paths: ONNX files; the first is what the others are compared with.
-        inputs: what to call them with; by default random values of the shapes they declare, dynamic sizes as 1.
-        rounds: how many calls of each count, after a fifth as many that don't.
+        paths: ONNX files, or ``.plan`` files; the first is what the others are compared with.
+        inputs: what to call them with; by default random values of the shapes an ONNX file declares, dynamic sizes as 1.
+        rounds: how many calls of each ONNX file count, after a fifth as many that don't.
         progress: called with what begins.
 
     Raises:
         FileError: if a file is missing or ONNX Runtime cannot read it.
         ExportError: if it does not run on the inputs.
     """
+    if all(path.suffix == ".plan" for path in paths):
+        return _time_engines(paths, inputs, progress)
     calls = []
     for path in paths:
         progress(f"reading {path.name}")
@@ -107,14 +110,38 @@ def time_files(
                 own.append(taken)
     first = statistics.median(seconds[0])
     files = [_summary(path, said, own, first) for (path, said, _), own in zip(calls, seconds, strict=True)]
-    return Timings("CPUExecutionProvider", os.cpu_count() or 1, rounds, tuple(files))
+    return Timings(f"ONNX Runtime, CPUExecutionProvider, {os.cpu_count() or 1} thread(s)", rounds, tuple(files))
+
+
+def _time_engines(paths: Sequence[Path], inputs: Inputs | None, progress: Callable[[str], None]) -> Timings:
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None:
+        raise FileError(f"{missing} does not exist.")
+    trt = require_tensorrt()
+    executions = []
+    for path in paths:
+        progress(f"reading {path.name}")
+        engine = load_engine(trt, path)
+        names = input_names(trt, engine)
+        if inputs is None or len(inputs.args) + len(inputs.kwargs) != len(names):
+            raise ExportError(
+                f"{path.name} takes {', '.join(names)}; give one --input for each, in this order or by name."
+            )
+        executions.append(Execution(trt, engine, inputs.named(names)))
+    progress("timing")
+    samples = [[ms / 1e3 for ms in found] for found in sample_in_turns(executions)]
+    first = statistics.median(samples[0])
+    files = [_summary(path, str(inputs), own, first) for path, own in zip(paths, samples, strict=True)]
+    return Timings(f"TensorRT on {this_machine(trt)}", len(samples[0]), tuple(files))
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise FileError(f"{path} does not exist.")
     if path.suffix != ".onnx":
-        raise FileError(f"{path} is no .onnx file. Export one first: nmgraph export CONVERTED.nm.pt.")
+        raise FileError(
+            f"{path} is no .onnx file. Export one first: nmgraph export CONVERTED.nm.pt. Engines (.plan) are timed among themselves."
+        )
     try:
         return open_session(path)
     except Exception as error:

@@ -74,13 +74,25 @@ class Execution:
         return [start.elapsed_time(stop) for start, stop in pairs]
 
 
-def time_in_turns(executions: Sequence[Execution]) -> list[Timing]:
-    """Time engines against each other: in rounds, each warmed up before it is timed."""
+def input_names(trt: Any, engine: Any) -> list[str]:
+    """List what an engine takes."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    return [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+
+
+def sample_in_turns(executions: Sequence[Execution]) -> list[list[float]]:
+    """Time engines against each other, in milliseconds: in rounds, each warmed up before it is timed."""
     samples: list[list[float]] = [[] for _ in executions]
     for _ in range(ROUNDS):
         for execution, found in zip(executions, samples, strict=True):
             execution.time(WARM_UP)
             found += execution.time(RUNS)
+    return samples
+
+
+def time_in_turns(executions: Sequence[Execution]) -> list[Timing]:
+    """Sum up what :func:`sample_in_turns` finds."""
+    samples = sample_in_turns(executions)
     return [Timing(median(found), min(found), max(found), len(found)) for found in samples]
 
 
@@ -92,7 +104,7 @@ def _bind(
     trt: Any, engine: Any, context: Any, inputs: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    fed = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    fed = input_names(trt, engine)
     given = {name: inputs[name].to(DEVICE, _dtype(engine, name)).contiguous() for name in fed}
     for name, values in given.items():
         context.set_input_shape(name, tuple(values.shape))

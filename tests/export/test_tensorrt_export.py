@@ -19,6 +19,8 @@ from torch import nn
 import nmgraph
 from nmgraph.errors import ExportError, FileError, MissingPackageError
 from nmgraph.export import trt_build, trt_machine, trt_run
+from nmgraph.export.inputs import make_inputs
+from nmgraph.export.timing import time_files
 from nmgraph.export.trt_machine import Machine, require_same_machine, write_machine
 
 X = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -484,3 +486,32 @@ def test_projection_makes_them_fit_and_says_what_it_cost(directory):
 )
 def test_projection_on_another_pattern_is_refused(value, text, directory):
     assert message(ExportError, directory, trt=False, project=value) == text
+
+
+def test_engines_are_timed_among_themselves(world, directory, tmp_path):
+    for name in ("one", "two"):
+        export(tmp_path / name)
+    plans = [tmp_path / name / "model.plan" for name in ("one", "two")]
+    found = time_files(plans, inputs=make_inputs(X), progress=lambda stage: None)
+    assert [t.file for t in found.files] == [str(p) for p in plans]
+    assert found.files[0].ratio == 1.0
+    assert found.runner.startswith("TensorRT on ")
+    with pytest.raises(ExportError, match=r"model.plan takes \w+; give one --input for each"):
+        time_files(plans, progress=lambda stage: None)
+    with pytest.raises(FileError, match=r"is no .onnx file"):
+        time_files([tmp_path / "one" / "model.onnx", plans[0]], progress=lambda stage: None)
+
+
+def test_engine_of_another_machine_is_not_timed(world, tmp_path):
+    export(tmp_path / "one")
+    sidecar = tmp_path / "one" / "model.plan.json"
+    machine = json.loads(sidecar.read_text()) | {"gpu": "another"}
+    sidecar.write_text(json.dumps(machine))
+    with pytest.raises(FileError, match="was built for another"):
+        time_files([tmp_path / "one" / "model.plan"], inputs=make_inputs(X), progress=lambda stage: None)
+
+
+def test_engines_need_tensorrt(tmp_path):
+    (tmp_path / "a.plan").write_bytes(b"engine")
+    with pytest.raises(MissingPackageError, match="TensorRT"):
+        time_files([tmp_path / "a.plan"], progress=lambda stage: None)
