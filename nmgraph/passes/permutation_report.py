@@ -86,4 +86,10 @@ class PermutationReport:
             readers = ", ".join(r.readers[:3]) + (f" and {len(r.readers) - 3} more" if len(r.readers) > 3 else "")
             kept, share = (f"+{r.gain:.2%}", f"{r.efficacy:.0%}") if r.permuted else ("-", "-")
             table.add_row(escape(readers) or "(root)", str(r.channels), kept, share, decision)
+        if not self.regions:
+            table.caption_justify = "left"
+            table.caption = (
+                "No channels could be followed from layer to layer. With example inputs (--input), a run shows which parts "
+                "of a model are called."
+            )
         return table

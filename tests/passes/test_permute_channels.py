@@ -4,12 +4,14 @@ Most tests replace the search by random orders: whatever the order, the answer h
 """
 
 import copy
+import io
 import json
 
 import pytest
 import torch
 import torchvision
 from models import Branching, convnext, deit, resnet, swin
+from rich.console import Console
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -27,6 +29,7 @@ from nmgraph.nm.channel_permutation import ChannelOrder
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes import permute_channels
 from nmgraph.passes.manifest import Manifest
+from nmgraph.passes.permutation_report import PermutationReport
 from nmgraph.passes.permute_channels import plan_permutation
 from nmgraph.passes.rewrite import Selection
 
@@ -591,3 +594,9 @@ def test_command_shows_what_was_permuted(tmp_path):
     assert region["after"] > region["before"]
     shown = CliRunner().invoke(app, ["convert", str(path), "--permute-channels", "--overwrite"], env={"COLUMNS": "160"})
     assert "channel order: 1 of 2 regions permuted" in shown.stdout
+
+
+def test_table_without_a_region_says_what_would_show_more():
+    console = Console(width=200, file=io.StringIO())
+    console.print(PermutationReport(()))
+    assert "With example inputs (--input), a run shows which parts of a model are called." in console.file.getvalue()
