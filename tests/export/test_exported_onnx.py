@@ -368,3 +368,9 @@ def test_other_number_of_outputs_is_an_error(tmp_path):
     with pytest.raises(ExportError) as caught:
         compare(Function(lambda x: x), path, make_inputs(torch.ones(3)), torch.float32)
     assert str(caught.value) == "written.onnx has 2 outputs, the model 1."
+
+
+def test_polygraphy_looks_at_no_transposed_convolution_and_so_finds_one_weight_less(tmp_path):
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ConvTranspose2d(16, 8, 2, stride=2), nn.Conv2d(8, 8, 1))
+    exported = export(model, tmp_path / "export", torch.randn(1, 8, 6, 6))
+    assert nmgraph_sparse(exported.path) - polygraphy_sparse(exported.path) == {"1.weight"}
