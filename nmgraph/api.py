@@ -25,7 +25,7 @@ from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.export.trt_rules import parse_projection, require_sparse_sites
 from nmgraph.files import require_writable
 from nmgraph.layers.kinds import is_layer
-from nmgraph.layers.masked import masked_modules, masked_weights, unmask
+from nmgraph.layers.masked import masked_weights, unmask_all
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import find_preset, make_method
 from nmgraph.methods.contract import Method, Preset
@@ -37,9 +37,9 @@ from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, w
 from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, require_same_answer
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
-from nmgraph.passes.rewrite import Decision, Plan, Selection, decide, require_finite, require_some, restrict, rewrite
+from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, restrict, rewrite
 from nmgraph.passes.structure import copy_structure, duplicate, find_sharded, parameter_of, share_parameters, unwrapped
-from nmgraph.passes.trace import Tracing, trace_both_modes, uses
+from nmgraph.passes.trace import USUAL, Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
 from nmgraph.training.controller import Controller
@@ -53,7 +53,6 @@ Progress = Callable[[str], None]
 
 
 _EVERYTHING = Selection()
-_USUAL = Tracing()
 
 
 def _silent(stage: str) -> None:
@@ -140,14 +139,13 @@ def convert(
     order = None
     if permute_channels:
         progress("permuting channels")
-        order = permute(dense, planned.decisions, inputs)
+        order = permute(dense, planned, inputs)
     progress("rewriting layers")
     try:
         rewrite(model, planned.recipes)
         _require_masks_read(model, planned)
     except BaseException:
-        for module in list(masked_modules(model)):
-            unmask(module)
+        unmask_all(model)
         if order is not None:
             order.undo()
         raise
@@ -165,7 +163,8 @@ def _require_masks_read(model: nn.Module, planned: Plan) -> None:
     bare = {d.site.name for d in planned.decisions if d.refusal is None and d.site.bare}
     if not bare or isinstance(model, fx.GraphModule):
         return
-    parameters = {parameter_of(name, dict(model.named_parameters())) for name in bare}
+    names = dict(model.named_parameters())
+    parameters = {parameter_of(name, names) for name in bare}
     for use in uses(model).products:
         if use.parameter in parameters and use.function != "embedding" and not use.computed:
             raise ConversionError(
@@ -174,17 +173,16 @@ def _require_masks_read(model: nn.Module, planned: Plan) -> None:
             )
 
 
-def permute(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs | None = None) -> ChannelPlan:
+def permute(model: nn.Module, planned: Plan, inputs: Inputs | None = None) -> ChannelPlan:
     """Permute the channels of a dense model in place, for the masks that its sites will have.
 
     Raises:
         ConversionError: if the model answers otherwise on the inputs then; it is left as it was.
     """
+    order = plan_permutation(model, planned.decisions, planned.calls)
     if inputs is None:
-        order = plan_permutation(model, decisions)
         order.apply()
         return order
-    order = plan_permutation(model, decisions, watch(model, inputs.call).calls)
     before = inputs.outputs(copy_structure(model, share_parameters).eval())
     order.apply()
     try:
@@ -223,7 +221,7 @@ def plan(
     selection: Selection = _EVERYTHING,
     *,
     inputs: Inputs | None = None,
-    how: Tracing = _USUAL,
+    how: Tracing = USUAL,
     progress: Progress = _silent,
 ) -> Plan:
     """Decide for every site what ``convert`` would make of it, and change nothing.
@@ -242,12 +240,14 @@ def plan(
         raise ConversionError(f"{type(model).__name__} {said}. Convert a dense model, or finalize this one first.")
     progress("tracing")
     used = uses(model, how)
+    calls = None
     if inputs is not None:
         ran = watch(model, inputs.call)
+        calls = ran.calls
         used.calls, used.macs, used.unfollowed = ran.calls, ran.macs, []
         used.products = prefer(ran.uses, used.products)
     decisions = decide(find_sites(model, used), used, recipe, selection)
-    return Plan(recipe.method.name, tuple(decisions), used.untraced)
+    return Plan(recipe.method.name, tuple(decisions), used.untraced, calls)
 
 
 def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Controller:
@@ -429,12 +429,7 @@ def export(
     finished = finished.cpu().eval()
     folded = _fold_batchnorms(finished, recorded, example_inputs) if fold_batchnorm else ()
     finished = finished.to(dtype)
-    inputs = None
-    if onnx and example_inputs is None:
-        inputs = find_inputs(finished, recorded, dtype)
-    elif onnx:
-        inputs = make_inputs(example_inputs).on_cpu(dtype)
-        inputs.call(copy_structure(finished, share_parameters))  # wrong ones are said here, in plain words
+    inputs = _inputs_for(finished, recorded, example_inputs, dtype) if onnx else None
     return write_bundle(
         finished,
         directory,
@@ -452,11 +447,19 @@ def export(
     )
 
 
+def _inputs_for(model: nn.Module, recorded: Manifest, given: Any, dtype: torch.dtype) -> Inputs:
+    """Give the inputs of an export, on the CPU and tried."""
+    if given is None:
+        return find_inputs(model, recorded, dtype)
+    inputs = make_inputs(given).on_cpu(dtype)
+    inputs.call(copy_structure(model, share_parameters))  # wrong ones are said here, in plain words
+    return inputs
+
+
 def _fold_batchnorms(model: nn.Module, recorded: Manifest, example_inputs: Any) -> tuple[str, ...]:
     """Fold in place, and hold the model to its answer from before."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    given = None if example_inputs is None else make_inputs(example_inputs).on_cpu(dtype)
-    inputs = find_inputs(model, recorded, dtype) if given is None else given
+    inputs = _inputs_for(model, recorded, example_inputs, dtype)
     before = copy_structure(model, duplicate)
     folded = fold_batchnorms(model)
     if not inputs.same_answer(before, copy_structure(model, share_parameters)):

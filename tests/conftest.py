@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,17 @@ hypothesis.settings.load_profile("shared machine")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Fail where anything is asked of a network."""
+
+    def refused(*arguments, **_):
+        raise AssertionError(f"asked the network for {arguments}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.setattr(socket.socket, "connect", refused)
 
 
 @pytest.fixture

@@ -5,25 +5,13 @@ import json
 
 import pytest
 import torch
+from commands import answer, call
 from handles import nm
 from models import Encoder, NeverTheSame, cnn, mlp
 from torch import nn
-from typer.testing import CliRunner
 
 import nmgraph
 from nmgraph import cli
-from nmgraph.cli import app
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
-
-
-def answer(*arguments, code=0):
-    """Call with --json, and give what stdout holds."""
-    result = call(*arguments, "--json")
-    assert (result.exit_code, result.stderr) == (code, ""), result.output
-    return json.loads(result.stdout)
 
 
 def words(result):

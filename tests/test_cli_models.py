@@ -1,27 +1,14 @@
 """What people may give as MODEL, through the command line."""
 
-import json
-
 import pytest
 import timm
 import torch
+from commands import answer, call
 from models import mlp
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
-from typer.testing import CliRunner
 
 import nmgraph
-from nmgraph.cli import app
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
-
-
-def answer(*arguments, code=0):
-    result = call(*arguments, "--json")
-    assert (result.exit_code, result.stderr) == (code, ""), result.output
-    return json.loads(result.stdout)
 
 
 @pytest.fixture

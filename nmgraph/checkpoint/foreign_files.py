@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 _START = 64  # bytes that are looked at
@@ -68,7 +68,7 @@ def foreign_zip(members: Sequence[str]) -> str:
 def foreign_directory(path: Path) -> str:
     """Say what a directory is that is no Hugging Face model."""
     names = {entry.name for entry in path.iterdir()}
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+    if is_distributed(names):
         return _SHARDS.format(directory=str(path))
     if "saved_model.pb" in names:
         return _KERAS
@@ -77,6 +77,11 @@ def foreign_directory(path: Path) -> str:
     if any(name.endswith((".safetensors", ".bin")) for name in names):
         return "holds weights, but no config.json that names their model. Give a weight file, with --model."
     return "is a directory; give a model's file, or a Hugging Face directory with config.json."
+
+
+def is_distributed(names: Collection[str]) -> bool:
+    """Tell a directory of torch.distributed.checkpoint by the names in it."""
+    return ".metadata" in names or any(name.endswith(".distcp") for name in names)
 
 
 def is_safetensors(start: bytes) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nmgraph.checkpoint.foreign_files import foreign_directory
+from nmgraph.checkpoint.foreign_files import foreign_directory, is_distributed
 from nmgraph.checkpoint.named_models import never_online
 from nmgraph.checkpoint.tensors import read_manifest
 from nmgraph.errors import FileError, MissingPackageError, UntrustedError, first_line
@@ -190,7 +190,7 @@ def _require_plain_weights(directory: Path) -> None:
         FileError: naming the file.
     """
     names = sorted(entry.name for entry in directory.iterdir())
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+    if is_distributed(names):
         raise FileError(f"{directory} {foreign_directory(directory)}")
     shards = [_WEIGHTS] if _WEIGHTS in names else _shards(directory) if _INDEX in names else []
     if not shards:

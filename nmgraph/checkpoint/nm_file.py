@@ -32,7 +32,7 @@ from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import FileError
 from nmgraph.files import written_atomically
-from nmgraph.layers.masked import buffer_names, masked_modules, masked_weights, unmask
+from nmgraph.layers.masked import buffer_names, masked_weights, unmask_all
 from nmgraph.layers.recipe import Recipe
 from nmgraph.passes.manifest import Manifest, find_manifest, write_manifest
 from nmgraph.passes.rewrite import rewrite
@@ -128,8 +128,7 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
     try:
         load_weights(model, state, name)
     except (FileError, ValueError, TypeError, AttributeError) as error:
-        for module in list(masked_modules(model)):
-            unmask(module)
+        unmask_all(model)
         raise FileError(str(error) if isinstance(error, FileError) else f"{name} is damaged: {error}.") from error
     write_manifest(model, manifest)
     return model
@@ -160,10 +159,9 @@ def _pickled_skeleton(model: nn.Module) -> Tensor:
         return nn.Parameter(stand_in, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
 
     skeleton = copy_structure(model, empty)
-    for module in list(masked_modules(skeleton)):
-        unmask(module)
-    for part in skeleton.modules():  # how transformers read its files, in classes of its own
-        part.__dict__.pop("_weight_conversions", None)
+    unmask_all(skeleton)
+    for module in skeleton.modules():  # how transformers read its files, in classes of its own
+        module.__dict__.pop("_weight_conversions", None)
     buffer = io.BytesIO()
     try:
         torch.save(skeleton, buffer)

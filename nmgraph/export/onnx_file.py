@@ -59,11 +59,10 @@ def write_onnx(
     Raises:
         ExportError: if torch.export cannot follow the model.
     """
+    if dynamic_batch:
+        inputs = inputs.with_batch(2)  # a length of 1 would be taken for a constant
     try:
-        shapes = None
-        if dynamic_batch:
-            inputs = inputs.with_batch(2)  # a length of 1 would be taken for a constant
-            shapes = _open_batch(model, inputs)
+        shapes = _open_batch(model, inputs) if dynamic_batch else None
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -72,8 +71,6 @@ def write_onnx(
     except Exception as error:
         # torch.export and the exporter raise many kinds; all mean that this model is not exportable as it is.
         cause = error.__cause__ or error
-        if isinstance(error, ExportError):
-            raise
         raise ExportError(
             f"{type(model).__name__} can't be exported to ONNX: {first_line(cause)} "
             f"({type(cause).__name__}). The dense model has to export with torch.onnx.export(dynamo=True) first."

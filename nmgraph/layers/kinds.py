@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 _BY_AXIS: dict[type[nn.Module], int] = {
@@ -41,9 +39,3 @@ def layer_axis(module: nn.Module) -> int:
 def is_transposed_convolution(module: nn.Module) -> bool:
     """Tell whether a layer's groups divide axis 0 of its weight, its input channels."""
     return isinstance(module, nn.modules.conv._ConvTransposeNd)
-
-
-def reduction_length(module: Any) -> int:
-    """Count the input channels that one output of a layer sums over at one kernel position."""
-    groups = module.groups if is_transposed_convolution(module) else 1
-    return int(module._parameters["weight"].shape[layer_axis(module)]) // groups

@@ -334,6 +334,12 @@ def unmask(layer: Masked) -> None:
     del layer.__dict__["nm_notes"]
 
 
+def unmask_all(model: nn.Module) -> None:
+    """Give every changed module of a model its own class back, in place; its parameters stay dense."""
+    for module in list(masked_modules(model)):
+        unmask(module)
+
+
 def masked_modules(model: nn.Module) -> Iterator[Masked]:
     """Find all modules that were changed, each once."""
     return (module for module in model.modules() if isinstance(module, Masked))

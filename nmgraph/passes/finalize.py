@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nmgraph.errors import ConversionError, UnfinishedError
-from nmgraph.layers.masked import MaskedWeight, masked_modules, masked_weights, unmask
+from nmgraph.layers.masked import MaskedWeight, masked_weights, unmask_all
 from nmgraph.nm.grouping import restore
 from nmgraph.nm.masks import check_blocks
 from nmgraph.passes.rewrite import finish
@@ -86,7 +86,6 @@ def fold(model: nn.Module) -> tuple[str, ...]:
             raise UnfinishedError(
                 f"{name}: block {check.worst} keeps {check.worst_count}, {told.pattern} allows {told.pattern.n}."
             )
-    for module in list(masked_modules(model)):
-        unmask(module)
+    unmask_all(model)
     finish(model)
     return tuple(weights)

@@ -26,7 +26,7 @@ Axes: TypeAlias = "tuple[int | None, ...]"
 """Of each axis of a value, which axis of the parameter it is; None where it is none, or more than one."""
 
 _LINEAR, _LEFT_RIGHT = {1: -1}, {0: -1, 1: -2}
-_OPERANDS: dict[str, tuple[tuple[str, ...], dict[int, int]]] = {
+OPERANDS: dict[str, tuple[tuple[str, ...], dict[int, int]]] = {
     "linear": (("input", "weight"), _LINEAR),
     **{f"conv{n}d": (("input", "weight"), {1: 1}) for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": (("input", "weight"), {1: 0}) for n in (1, 2, 3)},
@@ -39,8 +39,8 @@ _OPERANDS: dict[str, tuple[tuple[str, ...], dict[int, int]]] = {
 """By name: the parameters that may be tensors, and of each place where a weight may stand the axis summed over."""
 
 _FUNCTIONS = {
-    **{getattr(F, name): name for name in _OPERANDS if hasattr(F, name)},
-    **{getattr(torch, name): name for name in _OPERANDS if hasattr(torch, name)},
+    **{getattr(F, name): name for name in OPERANDS if hasattr(F, name)},
+    **{getattr(torch, name): name for name in OPERANDS if hasattr(torch, name)},
     operator.matmul: "matmul",
     torch.einsum: "einsum",
     F.embedding: "embedding",
@@ -150,7 +150,7 @@ def _function(node: fx.Node) -> str | None:
         return None
     if isinstance(node.target, torch._ops.OpOverload):  # in the graphs of torch.export
         name = node.target.overloadpacket.__name__
-        return name if node.target.namespace == "aten" and name in _OPERANDS else None
+        return name if node.target.namespace == "aten" and name in OPERANDS else None
     return _FUNCTIONS.get(node.target)
 
 
@@ -173,7 +173,7 @@ def _weights(node: fx.Node, function: str) -> Iterator[tuple[fx.Node, int | None
             if isinstance(operand, fx.Node) and isinstance(equation, str):
                 yield operand, contracted(equation, place)
     else:
-        names, axes = _OPERANDS[function]
+        names, axes = OPERANDS[function]
         for place, axis in axes.items():
             operand = node.args[place] if place < len(node.args) else node.kwargs.get(names[place])
             if isinstance(operand, fx.Node):

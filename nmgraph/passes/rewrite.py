@@ -64,11 +64,13 @@ class Plan:
         method: name of the training method.
         decisions: one per site, in the model's order.
         untraced: what the trace could not follow.
+        calls: how often a run called each module, where there was one.
     """
 
     method: str
     decisions: tuple[Decision, ...]
     untraced: dict[str, str]
+    calls: Mapping[str, int] | None = None
 
     @property
     def recipes(self) -> dict[str, Recipe]:

@@ -74,10 +74,10 @@ class Tracing:
     concrete_args: dict[str, Any] | None = None
 
 
-_USUAL = Tracing()
+USUAL = Tracing()
 
 
-def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None, how: Tracing = _USUAL) -> Trace:
+def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None, how: Tracing = USUAL) -> Trace:
     """Trace in the model's present mode; types that cannot be traced become leaves. The model is not touched."""
     root = copy_structure(model, share)
     leaves = dict(leaves or {})
@@ -100,7 +100,7 @@ def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None, ho
             return Trace(root, graph, None, _named(leaves))
 
 
-def trace_both_modes(model: nn.Module, how: Tracing = _USUAL) -> Trace:
+def trace_both_modes(model: nn.Module, how: Tracing = USUAL) -> Trace:
     """Trace so that one graph is right in training and in evaluation.
 
     Raises:
@@ -155,7 +155,7 @@ class Uses:
     head: tuple[str, ...] = ()
 
 
-def uses(model: nn.Module, how: Tracing = _USUAL) -> Uses:
+def uses(model: nn.Module, how: Tracing = USUAL) -> Uses:
     """Follow the model's forward; where the root resists, follow each child by itself."""
     found = Uses()
     traced = trace(model, how=how)

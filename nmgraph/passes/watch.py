@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmgraph.layers.kinds import is_layer
-from nmgraph.passes.products import LOOKUP, Use, axis_of
+from nmgraph.passes.products import LOOKUP, OPERANDS, Use, axis_of
 from nmgraph.passes.structure import copy_structure, share_parameters
 
-_PRODUCTS = {
-    "mm": {0: -1, 1: -2}, "bmm": {0: -1, 1: -2}, "_grouped_mm": {0: -1, 1: -2}, "addmm": {1: -1, 2: -2},
-    "baddbmm": {1: -1, 2: -2}, "_addmm_activation": {1: -1, 2: -2}, "linear": {1: -1},
-}  # fmt: skip
+_PRODUCTS = {name: OPERANDS[name][1] for name in ("mm", "bmm", "addmm", "baddbmm", "linear")}
+_PRODUCTS |= {"_grouped_mm": _PRODUCTS["mm"], "_addmm_activation": _PRODUCTS["addmm"]}
 _COPIES = {"_to_copy", "clone", "copy"}
 
 

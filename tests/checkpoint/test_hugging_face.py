@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 
 import pytest
@@ -38,15 +37,7 @@ VIT = ViTConfig(
 TOKENS = torch.tensor([[5, 7, 11, 13], [3, 2, 1, 0]])
 
 
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    """Fail where anything is asked of a network."""
-
-    def refused(*arguments, **_):
-        raise AssertionError(f"asked the network for {arguments}")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refused)
-    monkeypatch.setattr(socket.socket, "connect", refused)
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """timm:NAME and torchvision:NAME: what they make, what they refuse, and that files which name them load by themselves."""
 
-import socket
 import sys
 
 import pytest
@@ -14,16 +13,7 @@ from nmgraph.checkpoint.dense_file import fitting_keys, read_dense
 from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.errors import FileError, MissingPackageError
 
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    """Fail where anything is asked of a network."""
-
-    def refused(*arguments, **_):
-        raise AssertionError(f"asked the network for {arguments}")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refused)
-    monkeypatch.setattr(socket.socket, "connect", refused)
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def message(text, path=None, error=FileError):

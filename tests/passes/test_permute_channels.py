@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import nmgraph
 from nmgraph.cli import app
 from nmgraph.errors import ConversionError
-from nmgraph.layers.masked import masked_modules, unmask
+from nmgraph.layers.masked import masked_modules, unmask_all
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import make_method
 from nmgraph.nm.channel_permutation import ChannelOrder
@@ -528,8 +528,7 @@ def test_converted_model_keeps_more_and_finalizes_to_the_masked_permuted_weights
     assert kept[1] > kept[0] * 1.001
     torch.testing.assert_close(answers(finished, images), answers(model, images))
     unmasked = copy.deepcopy(model)
-    for layer in list(masked_modules(unmasked)):
-        unmask(layer)
+    unmask_all(unmasked)
     for one, other in zip(answers(unmasked, images), before, strict=True):
         torch.testing.assert_close(one, other, rtol=0.0, atol=1e-5 * float(other.abs().max()))
 
