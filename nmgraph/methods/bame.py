@@ -19,10 +19,11 @@ from torch import Tensor
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_phase, check_range, kept_after
 from nmgraph.methods.static import BAME_CIFAR
+from nmgraph.nm.fused import top_n
 from nmgraph.nm.grouping import blocks
-from nmgraph.nm.masks import prune_further, top_n
+from nmgraph.nm.masks import prune_further
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.permutation import best_permutation, column_mask
+from nmgraph.nm.permutation import best_permutation, column_sparse
 from nmgraph.nm.randomness import generator, seed_of
 from nmgraph.nm.straight_through import masked, straight_through
 
@@ -159,8 +160,7 @@ class BAME(Method[BAMEState]):
         forward = straight_through(w_OSC, state.mask, passes=state.mask | state.dense)
         if not self.bidirectional:
             return Operand(forward)
-        kept = column_mask(w_OSC.detach().abs(), state.mask, state.permutation, pattern, state.keep)
-        return Operand(forward, masked(w_OSC.detach(), kept))
+        return Operand(forward, column_sparse(forward, state.permutation, pattern, state.keep))
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: BAMEState, pattern: Pattern, clock: Clock) -> Update:
         before = state.mask

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_range
-from nmgraph.methods.srste import refined
+from nmgraph.methods.srste import refined_by_magnitude
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.permutation import OBJECTIVES, best_permutation, column_mask
+from nmgraph.nm.permutation import OBJECTIVES, best_permutation, column_sparse
 from nmgraph.nm.randomness import generator, seed_of
-from nmgraph.nm.straight_through import masked, straight_through
+from nmgraph.nm.straight_through import largest_straight_through
 
 
 class BiMaskState(NamedTuple):
@@ -63,7 +63,9 @@ class BiMask(Method[BiMaskState]):
     paper: ClassVar[str] = "Zhang et al., ICML 2023"
     gradient: ClassVar[str] = "dense, straight through; masked weights decay; the input gradient is N:M"
     state_cost: ClassVar[str] = "8 bytes per output channel"
-    time_cost: ClassVar[str] = "two sorts of every block per forward; K gathers per refresh"
+    time_cost: ClassVar[str] = (
+        "two passes over the weight per forward, one per step; a search of permutations per refresh"
+    )
     unattached: ClassVar[str] = "masked weights do not decay, and rows are not permuted"
     state_type: ClassVar[type[tuple[Any, ...]]] = BiMaskState
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -116,22 +118,20 @@ class BiMask(Method[BiMaskState]):
         return magnitude_mask(w_OSC.detach(), pattern)
 
     def operand(self, w_OSC: Tensor, state: BiMaskState, pattern: Pattern) -> Operand:
-        mask = self.mask(w_OSC, state, pattern)
-        forward = straight_through(w_OSC, mask)
+        forward = largest_straight_through(w_OSC, pattern)
         if not self.backward_mask:
             return Operand(forward)
-        scores = w_OSC.detach().abs() if self.criterion == "weight" else state.salience
-        kept = column_mask(scores, mask, state.permutation, pattern)  # Eq. 11, in the rows' own order
-        return Operand(forward, masked(w_OSC.detach(), kept))
+        scores = None if self.criterion == "weight" else state.salience
+        # Eq. 11, in the rows' own order
+        return Operand(forward, column_sparse(forward, state.permutation, pattern, scores_OSC=scores))
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, pattern: Pattern, clock: Clock) -> Update:
-        mask = self.mask(w_OSC, state, pattern)
         if self.permute and self.backward_mask and clock.step % self.interval == 0:
-            draws = generator(state.seed, clock.step)
+            mask, draws = self.mask(w_OSC, state, pattern), generator(state.seed, clock.step)
             state = state._replace(permutation=best_permutation(mask, pattern, self.candidates, self.objective, draws))
         if self.criterion != "weight":
             state = state._replace(salience=self._salience(w_OSC, grad_OSC, state, clock))
-        return Update(state, refined(grad_OSC, w_OSC, mask, self.decay))
+        return Update(state, refined_by_magnitude(grad_OSC, w_OSC, pattern, self.decay))
 
     def _salience(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, clock: Clock) -> Tensor:
         if self.criterion == "gradient":

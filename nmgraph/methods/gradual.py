@@ -16,10 +16,10 @@ from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_phase, check_range, kept_after
-from nmgraph.methods.srste import refined
+from nmgraph.methods.srste import refined_by_magnitude
 from nmgraph.nm.masks import magnitude_mask, prune_further
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.straight_through import masked, straight_through
+from nmgraph.nm.straight_through import largest_straight_through, masked
 
 
 class GradualState(NamedTuple):
@@ -94,12 +94,13 @@ class Gradual(Method[GradualState]):
         return state.mask if self.base == "asp" else magnitude_mask(w_OSC.detach(), pattern, state.keep)
 
     def operand(self, w_OSC: Tensor, state: GradualState, pattern: Pattern) -> Operand:
-        through = straight_through if self.base == "srste" else masked
-        return Operand(through(w_OSC, self.mask(w_OSC, state, pattern)))
+        if self.base == "srste":
+            return Operand(largest_straight_through(w_OSC, pattern, state.keep))
+        return Operand(masked(w_OSC, state.mask))
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: GradualState, pattern: Pattern, clock: Clock) -> Update:
         if self.base == "srste" and self.decay:
-            grad_OSC = refined(grad_OSC, w_OSC, self.mask(w_OSC, state, pattern), self.decay)
+            grad_OSC = refined_by_magnitude(grad_OSC, w_OSC, pattern, self.decay, state.keep)
         keep = self.kept(clock.step + 1, clock.total_steps, pattern)
         if keep < self.kept(clock.step, clock.total_steps, pattern) or clock.fresh:
             state = self._prune(w_OSC, state, pattern, keep)

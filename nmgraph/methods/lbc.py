@@ -25,8 +25,8 @@ from torch import Tensor
 from nmgraph.errors import MethodError
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_phase, check_range, cubic, ramp
+from nmgraph.nm.fused import top_n
 from nmgraph.nm.grouping import blocks
-from nmgraph.nm.masks import top_n
 from nmgraph.nm.packing import pack_bits, unpack_bits
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import masked

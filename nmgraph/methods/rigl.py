@@ -17,8 +17,8 @@ from torch import Tensor
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_range
 from nmgraph.methods.static import BAME_CIFAR, Static
+from nmgraph.nm.fused import top_n
 from nmgraph.nm.grouping import blocks
-from nmgraph.nm.masks import top_n
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import masked, straight_through
 

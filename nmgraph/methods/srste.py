@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,14 +18,28 @@ from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_phase, check_range, kept_count, ramp
+from nmgraph.nm.fused import Blockwise
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.straight_through import straight_through
+from nmgraph.nm.straight_through import largest_straight_through
 
 
 def refined(grad_OSC: Tensor, w_OSC: Tensor, mask_OSC: Tensor, decay: float) -> Tensor:
-    """Add SR-STE's decay of the masked weights to a gradient (Eq. 9): ``G + λ (1 - B) W``."""
-    return grad_OSC + decay * w_OSC.masked_fill(mask_OSC, 0.0)
+    """Add SR-STE's decay of the masked weights to a gradient (Eq. 9): ``G + λ (1 - B) W``; rounded once."""
+    wide = torch.promote_types(grad_OSC.dtype, torch.float32)
+    return (grad_OSC.to(wide) + decay * torch.where(mask_OSC, 0.0, w_OSC.to(wide))).to(grad_OSC.dtype)
+
+
+def refined_by_magnitude(
+    grad_OSC: Tensor, w_OSC: Tensor, pattern: Pattern, decay: float, keep: int | Tensor | None = None
+) -> Tensor:
+    """Do :func:`refined` under the mask of the N largest magnitudes, or of ``keep``, in one pass."""
+    return _refining(decay)(pattern.m, pattern.n if keep is None else keep, grad_OSC, w_OSC)
+
+
+@lru_cache(maxsize=16)
+def _refining(decay: float) -> Blockwise:
+    return Blockwise(lambda grad, w: w.abs(), lambda kept, grad, w: refined(grad, w, kept, decay))
 
 
 class SRSTEState(NamedTuple):
@@ -56,7 +71,7 @@ class SRSTE(Method[SRSTEState]):
     paper: ClassVar[str] = "Zhou et al., ICLR 2021"
     gradient: ClassVar[str] = "dense, straight through; masked weights decay"
     state_cost: ClassVar[str] = "none"
-    time_cost: ClassVar[str] = "one sort of every block per forward"
+    time_cost: ClassVar[str] = "one pass over the weight per forward, one per step"
     unattached: ClassVar[str] = "its decay, and its gradual phase if it has one, do not run"
     state_type: ClassVar[type[tuple[Any, ...]]] = SRSTEState
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"curve": ("cubic", "linear")}
@@ -101,12 +116,12 @@ class SRSTE(Method[SRSTEState]):
         return magnitude_mask(w_OSC.detach(), pattern, state.keep)
 
     def operand(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> Operand:
-        return Operand(straight_through(w_OSC, self.mask(w_OSC, state, pattern)))  # Eq. 4 and 7
+        return Operand(largest_straight_through(w_OSC, pattern, state.keep))  # Eq. 4 and 7
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: SRSTEState, pattern: Pattern, clock: Clock) -> Update:
         # Here and not in backward, where gradient accumulation would multiply the decay and a loss scale divide it.
         if self.decay:
-            grad_OSC = refined(grad_OSC, w_OSC, self.mask(w_OSC, state, pattern), self.decay)
+            grad_OSC = refined_by_magnitude(grad_OSC, w_OSC, pattern, self.decay, state.keep)
         return Update(SRSTEState(torch.full_like(state.keep, self.kept(clock.progress, pattern))), grad_OSC)
 
     def conclude(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> SRSTEState:

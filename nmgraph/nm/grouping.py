@@ -76,6 +76,21 @@ def restore(t_OSC: Tensor, shape: tuple[int, ...], axis: Axis = 1) -> Tensor:
     return t_OSC.reshape(moved).movedim(-1, axis)
 
 
+def memory_order(t: Tensor) -> list[int]:
+    """List the axes of a tensor as they lie in memory, the one with the largest steps first.
+
+    >>> import torch
+    >>> memory_order(canonical(torch.zeros(8, 4, 3, 3))), memory_order(canonical(torch.zeros(8, 4)))
+    ([0, 2, 1], [0, 1, 2])
+    """
+    return sorted(range(t.dim()), key=lambda axis: -t.stride()[axis])
+
+
+def in_memory_order(t: Tensor, order: list[int]) -> Tensor:
+    """Arrange a tensor by :func:`memory_order`, its own or another's: contiguous, a view if it can be."""
+    return t.permute(order).contiguous()
+
+
 def blocks(t_OSC: Tensor, m: int) -> Tensor:
     """Split the reduction axis into blocks: ``[O, S, C] -> [O, S, G, M]``."""
     return t_OSC.reshape(*t_OSC.shape[:-1], -1, m)

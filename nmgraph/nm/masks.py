@@ -7,42 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nmgraph.nm.fused import Blockwise, top_n
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.pattern import Pattern
 
-
-def top_n(scores: Tensor, n: int | Tensor) -> Tensor:
-    """Mark the ``n`` highest scores of the last axis: exactly n, of equals the ones with the lowest index.
-
-    Args:
-        scores: ``[..., M]``, any real dtype, finite.
-        n: how many to mark, ``0 <= n <= M``; an integer tensor that broadcasts to ``[..., 1]`` is never read on the
-            host, so that a count that changes in training does not stall a GPU.
-
-    Returns:
-        bool ``[..., M]``.
-
-    >>> top_n(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), 2)
-    tensor([[False,  True,  True, False]])
-    """
-    # A plain topk keeps an arbitrary one of equals, and another one on another device or rank.
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    marked = torch.zeros_like(scores, dtype=torch.bool)
-    if isinstance(n, int):
-        return marked.scatter(-1, order[..., :n], True)
-    wanted = torch.arange(scores.shape[-1], device=scores.device) < n
-    return marked.scatter(-1, order, wanted.expand_as(scores))
+_by_magnitude = Blockwise(torch.abs)
+_by_magnitude_within = Blockwise(lambda w, mask: torch.where(mask, w.abs(), -1.0))
+LARGEST = Blockwise(torch.abs, lambda kept, w: torch.where(kept, w, 0.0))
 
 
 def magnitude_mask(w_OSC: Tensor, pattern: Pattern, keep: int | Tensor | None = None) -> Tensor:
     """Keep the N largest magnitudes of every block, or ``keep`` of them; bool ``[O, S, C]``."""
-    return top_n(blocks(w_OSC.abs(), pattern.m), pattern.n if keep is None else keep).flatten(-2)
+    return _by_magnitude(pattern.m, pattern.n if keep is None else keep, w_OSC)
+
+
+def largest(w_OSC: Tensor, pattern: Pattern, keep: int | Tensor | None = None) -> Tensor:
+    """Give the weight, and zero where :func:`magnitude_mask` drops it."""
+    return LARGEST(pattern.m, pattern.n if keep is None else keep, w_OSC)
 
 
 def prune_further(w_OSC: Tensor, mask_OSC: Tensor, pattern: Pattern, keep: int) -> Tensor:
     """Keep, of what every block keeps by now, the ``keep`` largest magnitudes; a kept zero counts before what is masked."""
-    ranked_OSC = w_OSC.abs().masked_fill(~mask_OSC, -1.0)
-    return top_n(blocks(ranked_OSC, pattern.m), keep).flatten(-2) & mask_OSC
+    return _by_magnitude_within(pattern.m, keep, w_OSC, mask_OSC) & mask_OSC
 
 
 def random_mask(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator) -> Tensor:

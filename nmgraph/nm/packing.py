@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from nmgraph.errors import PatternError
+from nmgraph.nm.fused import top_n
 from nmgraph.nm.grouping import blocks
-from nmgraph.nm.masks import top_n
 from nmgraph.nm.pattern import Pattern
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -10,34 +10,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nmgraph.nm.masks import top_n
+from nmgraph.nm.fused import Blockwise
+from nmgraph.nm.grouping import in_memory_order, memory_order
+from nmgraph.nm.masks import LARGEST
 from nmgraph.nm.pattern import Pattern
 
+_best = Blockwise(
+    lambda w, scores: torch.where(w != 0, scores, -1.0).to(scores.dtype),
+    lambda kept, w, scores: torch.where(kept, w, 0.0),
+)
 
-def column_mask(
-    scores_OSC: Tensor, live_OSC: Tensor, permutation_O: Tensor, pattern: Pattern, keep: int | Tensor | None = None
+
+def column_sparse(
+    w_OSC: Tensor,
+    permutation_O: Tensor,
+    pattern: Pattern,
+    keep: int | Tensor | None = None,
+    scores_OSC: Tensor | None = None,
 ) -> Tensor:
-    """Keep the N highest-scored live weights of every M rows that are neighbours under the permutation, per column.
+    """Zero, per column, all but the N best weights of every M rows that are neighbours under the permutation.
 
     Args:
-        scores_OSC: what to rank by, >= 0.
-        live_OSC: bool, weights that may be kept at all.
+        w_OSC: a weight, zero where the forward mask is: these places are never among the best.
         permutation_O: int64, row ``i`` of the permuted weight is row ``permutation_O[i]`` of the weight.
         pattern: N:M.
         keep: how many to keep of M, if not N.
+        scores_OSC: what to rank by, >= 0; by default the magnitude.
 
     Returns:
-        bool ``[O, S, C]`` in the weight's own row order, inside ``live_OSC``.
+        ``[O, S, C]`` in the weight's own row and memory order.
 
-    >>> column_mask(torch.tensor([[[1.0]], [[2.0]], [[3.0]], [[4.0]]]), torch.ones(4, 1, 1, dtype=torch.bool),
-    ...             torch.tensor([0, 3, 1, 2]), Pattern(1, 2)).flatten()
-    tensor([False, False,  True,  True])
+    >>> column_sparse(torch.tensor([[[1.0]], [[2.0]], [[3.0]], [[4.0]]]), torch.tensor([0, 3, 1, 2]), Pattern(1, 2)).flatten()
+    tensor([0., 0., 3., 4.])
     """
-    ranked = scores_OSC.masked_fill(~live_OSC, -1.0)[permutation_O]
-    blocks_GSCM = _row_blocks(ranked, pattern.m, -1.0).movedim(1, -1)
-    kept = top_n(blocks_GSCM, pattern.n if keep is None else keep).movedim(-1, 1)
-    kept_permuted = kept.reshape(-1, *live_OSC.shape[1:])[: live_OSC.shape[0]]
-    return torch.zeros_like(live_OSC).index_copy(0, permutation_O, kept_permuted) & live_OSC
+    order = memory_order(w_OSC)
+    rows = order.index(0)
+    given = [in_memory_order(t, order) for t in (w_OSC.detach(), scores_OSC) if t is not None]
+    permuted = [_filled_up(t.index_select(rows, permutation_O), rows, pattern.m) for t in given]
+    kept = (LARGEST if scores_OSC is None else _best)(
+        pattern.m, pattern.n if keep is None else keep, *permuted, dim=rows
+    )
+    found = kept.index_select(rows, permutation_O.argsort())
+    return found.permute([order.index(axis) for axis in range(3)])
 
 
 def eligible_blocks(mask_OSC: Tensor, permutation_O: Tensor, pattern: Pattern) -> int:
@@ -68,6 +82,13 @@ def best_permutation(
     rows = mask_OSC.shape[0]
     drawn = (torch.randperm(rows, generator=generator).to(mask_OSC.device) for _ in range(candidates))
     return max(drawn, key=lambda permutation: OBJECTIVES[objective](mask_OSC, permutation, pattern))
+
+
+def _filled_up(t: Tensor, axis: int, m: int) -> Tensor:
+    """Fill the last block along an axis up with zeros."""
+    missing = -t.shape[axis] % m
+    shape = [missing if place == axis else size for place, size in enumerate(t.shape)]
+    return torch.cat([t, t.new_zeros(shape)], axis) if missing else t
 
 
 def _row_blocks(t_OSC: Tensor, m: int, fill: float) -> Tensor:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmgraph.nm.masks import largest
+from nmgraph.nm.pattern import Pattern
+
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """Zero what the mask drops; the gradient is masked with it. A dropped NaN or infinity gives 0, too."""
@@ -19,19 +22,25 @@ class _PassedOn(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (passes,) = ctx.saved_tensors
-        return grad if passes is None else masked(grad, passes), None, None
+        return grad if passes is None else masked(grad, passes), *(None for _ in ctx.needs_input_grad[1:])
 
 
 class _StraightThrough(_PassedOn):
     @staticmethod
     def forward(weight: Tensor, mask: Tensor, passes: Tensor | None) -> Tensor:
         return masked(weight, mask)
+
+
+class _Largest(_PassedOn):
+    @staticmethod
+    def forward(weight: Tensor, keep: int | Tensor, passes: Tensor | None, pattern: Pattern) -> Tensor:
+        return largest(weight, pattern, keep)
 
 
 class _Replaced(_PassedOn):
@@ -43,6 +52,12 @@ class _Replaced(_PassedOn):
 def replaced(weight: Tensor, value: Tensor) -> Tensor:
     """Multiply by ``value``, of the shape of ``weight``, and give the whole gradient to ``weight``."""
     out: Tensor = _Replaced.apply(weight, value.detach(), None)  # type: ignore[no-untyped-call]
+    return out
+
+
+def largest_straight_through(w_OSC: Tensor, pattern: Pattern, keep: int | Tensor | None = None) -> Tensor:
+    """Zero all but the N largest magnitudes of every block, or ``keep`` of them, but pass the whole gradient on."""
+    out: Tensor = _Largest.apply(w_OSC, pattern.n if keep is None else keep, None, pattern)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from nmgraph.nm.fused import top_n
 from nmgraph.nm.grouping import blocks, canonical
-from nmgraph.nm.masks import check_blocks, magnitude_mask, random_mask, top_n
+from nmgraph.nm.masks import check_blocks, magnitude_mask, random_mask
 from nmgraph.nm.pattern import Pattern
 
 FEW_VALUES = st.integers(-3, 3).map(float)  # few, so that ties are the rule

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import random_mask
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.permutation import best_permutation, column_mask, eligible_blocks, kept_weights
+from nmgraph.nm.permutation import best_permutation, column_sparse, eligible_blocks, kept_weights
 
 PATTERNS = st.sampled_from([Pattern(1, 2), Pattern(1, 4), Pattern(2, 4), Pattern(3, 4), Pattern(2, 7), Pattern(1, 16)])
 FEW_VALUES = st.integers(0, 3).map(float)  # few, so that ties are the rule
@@ -30,6 +31,11 @@ def slow_column_mask(scores, live, order, n, m):
                 for row in sorted(alive, key=lambda row: -scores[row, s, c].item())[:n]:
                     kept[row, s, c] = True
     return kept
+
+
+def column_mask(scores, live, order, pattern, keep=None):
+    """Say which weights of a column-sparse weight are kept, if all live ones are 1."""
+    return column_sparse(live.to(scores.dtype), order, pattern, keep, scores) != 0
 
 
 def slow_counts(mask, order, m):
@@ -67,7 +73,6 @@ def test_a_column_mask_equals_one_made_weight_by_weight(case, pattern, data):
     live, order = case
     scores = torch.from_numpy(data.draw(hnp.arrays("float32", tuple(live.shape), elements=FEW_VALUES)))
     found = column_mask(scores, live, torch.tensor(order), pattern)
-    assert found.dtype == torch.bool
     assert torch.equal(found, slow_column_mask(scores, live, order, pattern.n, pattern.m))
 
 
@@ -92,6 +97,18 @@ def test_a_column_mask_lies_inside_the_live_one_and_is_n_m_on_permuted_rows(patt
     counts = [part.sum(0) for part in found[order].split(pattern.m)]
     wanted = [part.sum(0).clamp(max=pattern.n) for part in live[order].split(pattern.m)]
     assert all(map(torch.equal, counts, wanted))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("rows", [16, 18])
+def test_columns_keep_their_largest_weights_in_place_and_in_memory_order(rows, axis):
+    shape = (rows, 8, 3, 3) if axis == 1 else (8, rows, 3, 3)
+    w_OSC = canonical(torch.randn(shape) * (torch.rand(shape) < 0.7), axis)
+    order = torch.randperm(rows)
+    found = column_sparse(w_OSC, order, Pattern(2, 4))
+    kept = slow_column_mask(w_OSC.abs(), w_OSC != 0, order.tolist(), 2, 4)
+    assert torch.equal(found, w_OSC * kept)
+    assert found.stride() == w_OSC.stride()
 
 
 def test_the_permutation_decides_which_rows_compete():
