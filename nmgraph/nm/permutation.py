@@ -11,10 +11,12 @@ is whole numbers: every device, rank and number of threads decides alike, and no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nmgraph.nm.masks import top_n
 from nmgraph.nm.pattern import Pattern
@@ -49,7 +51,7 @@ def column_mask(
 OBJECTIVES = ("blocks", "kept")
 SEARCHES = ("swap", "random")
 
-_WORDS = 2**18  # that one operation works on: more leave a processor's cache
+_WORDS = 2**17  # that one operation works on: more leave a processor's cache
 
 
 def eligible_blocks(mask_OSC: Tensor, permutation_O: Tensor, pattern: Pattern) -> int:
@@ -134,7 +136,7 @@ def swap_rows(
     drawn_RG = torch.stack([torch.randperm(blocks, generator=generator) for _ in range(rounds)]).to(mask_OSC.device)
     for pairs_P2 in drawn_RG[:, : blocks // 2 * 2].reshape(rounds, -1, 2):
         order_P2M = order_O.reshape(-1, m)[pairs_P2]
-        gain_PMM = _gains(rows_OW[order_P2M], pattern, objective)
+        gain_PMM = _gains(F.embedding(order_P2M, rows_OW), pattern, objective)
         if rows % m:  # where the last block has no rows, it stays so
             empty_P2M = order_P2M >= rows
             gain_PMM.masked_fill_(empty_P2M[:, 0, :, None] | empty_P2M[:, 1, None], 0)
@@ -151,35 +153,32 @@ def _gains(x_P2MW: Tensor, pattern: Pattern, objective: str) -> Tensor:
     A row in a slot costs its weights in the columns that the block's other rows have filled: there each is one weight
     more that is lost, or makes an eligible block ineligible. What it adds elsewhere it adds in any slot.
     """
-    planes = _added(x_P2MW.unbind(2))
-    full_P21W, full_without_P21W = (_full(planes, n, objective)[:, :, None] for n in (pattern.n, pattern.n + 1))
-    filled_P2MW = (full_P21W & ~x_P2MW) | (full_without_P21W & x_P2MW)
+    full_P2W, full_without_P2W = _full(x_P2MW.unbind(2), pattern.n, objective)
+    filled_P2MW = (full_P2W[:, :, None] & ~x_P2MW) | (full_without_P2W[:, :, None] & x_P2MW)
     own_P2M = _popcount(filled_P2MW & x_P2MW)
     swapped_P2MM = _popcount(filled_P2MW[:, :, :, None] & x_P2MW.flip(1)[:, :, None])  # slot, row of the other block
     return own_P2M[:, 0, :, None] + own_P2M[:, 1, None] - swapped_P2MM[:, 0] - swapped_P2MM[:, 1].mT
 
 
-def _full(planes: list[Tensor], n: int, objective: str) -> Tensor:
-    """Mark where one weight more than ``n`` counts against the objective."""
-    at_least = _above(planes, n - 1)
-    return at_least if objective == "kept" else at_least & ~_above(planes, n)
+def _full(planes: Sequence[Tensor], n: int, objective: str) -> tuple[Tensor, Tensor]:
+    """Mark where one weight more counts against the objective: beside all of these, and beside all of these but one."""
+    at_least = _at_least(planes, n, n + 1 if objective == "kept" else n + 2)
+    if objective == "kept":
+        return at_least[n], at_least[n + 1]
+    return at_least[n] & ~at_least[n + 1], at_least[n + 1] & ~at_least[n + 2]
 
 
 def _scores(mask_OSC: Tensor, permutations_KO: Tensor, pattern: Pattern, objective: str) -> Tensor:
     """Count what each permutation leaves, by the objective; int64 ``[K]``."""
     rows_OW, order_KO = _packed(mask_OSC, pattern.m), _whole(permutations_KO, pattern.m)
-    scores = []
+    least, most = (pattern.n + 1, pattern.n + 1) if objective == "blocks" else (1, pattern.n)
+    counts = []
     for some_KO in torch.split(order_KO, max(1, _WORDS * pattern.m // rows_OW.numel())):
-        planes_KGW = _added([rows_OW[some_KO[:, row :: pattern.m]] for row in range(pattern.m)])
-        above_KGW = _above(planes_KGW, pattern.n)
-        if objective == "blocks":
-            blocks = above_KGW.shape[1] * mask_OSC[0].numel()
-            scores.append(blocks - _popcount(above_KGW).sum(1))
-        else:  # min(count, N), bit by bit
-            bits = [above_KGW | p if pattern.n >> b & 1 else p & ~above_KGW for b, p in enumerate(planes_KGW)]
-            counts = [_popcount(bit).sum(1) << b for b, bit in enumerate(bits[: pattern.n.bit_length()])]
-            scores.append(torch.stack(counts).sum(0))
-    return torch.cat(scores)
+        some_MKG = some_KO.reshape(some_KO.shape[0], -1, pattern.m).movedim(-1, 0)
+        at_least = _at_least([F.embedding(some_KG, rows_OW) for some_KG in some_MKG], least, most)
+        counts.append(torch.stack([_popcount(words_KGW).sum(1) for words_KGW in at_least.values()]).sum(0))
+    blocks = order_KO.shape[1] // pattern.m * mask_OSC[0].numel()
+    return blocks - torch.cat(counts) if objective == "blocks" else torch.cat(counts)
 
 
 def _packed(mask_OSC: Tensor, m: int) -> Tensor:
@@ -198,39 +197,29 @@ def _whole(permutations_KO: Tensor, m: int) -> Tensor:
     return torch.cat((permutations_KO, empty.expand(count, -1)), 1)
 
 
-def _added(planes: Sequence[Tensor]) -> list[Tensor]:
-    """Add planes of bits: the planes of their sum, lowest bit first."""
-    total, waiting = [], list(planes)
-    while waiting:
-        carries = []
-        while len(waiting) > 1:
-            a, b, *rest = waiting
-            both, either = a & b, a ^ b
-            if rest:
-                c, *rest = rest
-                both, either = both | (either & c), either ^ c
-            waiting = [*rest, either]
-            carries.append(both)
-        total += waiting
-        waiting = carries
-    return total
-
-
-def _above(planes: list[Tensor], n: int) -> Tensor:
-    """Mark where the number in the planes is above ``n``."""
-    above = torch.zeros_like(planes[0])
-    for bit, plane in enumerate(planes):
-        above = above & plane if n >> bit & 1 else above | plane
-    return above
+def _at_least(planes: Sequence[Tensor], least: int, most: int) -> dict[int, Tensor]:
+    """Count planes of bits: for each number from ``least`` to ``most``, mark where so many of them or more are set."""
+    if len(planes) == 1:
+        return {1: planes[0]}
+    half = len(planes) // 2
+    first = _at_least(planes[:half], max(1, least - len(planes) + half), min(most, half))
+    second = _at_least(planes[half:], max(1, least - half), min(most, len(planes) - half))
+    found = {}
+    for t in range(least, most + 1):
+        ways = [first[i] & second[t - i] for i in first if t - i in second]
+        ways += [marked[t] for marked in (first, second) if t in marked]
+        found[t] = functools.reduce(torch.bitwise_or, ways) if ways else torch.zeros_like(planes[0])
+    return found
 
 
 def _popcount(words: Tensor) -> Tensor:
     """Count the bits along the last axis, an even number of int32 words; int64. The words are used up."""
     # In place, as fresh memory costs more than the arithmetic: counts of 2, 4 and 8 bits, then of all four bytes.
-    words.sub_((words >> 1).bitwise_and_(0x55555555))
-    upper = (words >> 2).bitwise_and_(0x33333333)
+    upper = words >> 1
+    words.sub_(upper.bitwise_and_(0x55555555))
+    torch.bitwise_right_shift(words, 2, out=upper).bitwise_and_(0x33333333)
     words.bitwise_and_(0x33333333).add_(upper)
-    words.add_(words >> 4).bitwise_and_(0x0F0F0F0F)
+    words.add_(torch.bitwise_right_shift(words, 4, out=upper)).bitwise_and_(0x0F0F0F0F)
     words.mul_(0x01010101).bitwise_right_shift_(24)
     both = words.view(torch.int64).sum(-1)  # two words at once
     return (both & 0xFFFFFFFF) + (both >> 32)
