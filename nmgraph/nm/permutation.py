@@ -4,9 +4,9 @@
 nothing about it. So a backward mask may form its blocks of any M rows: those that are neighbours in ``W[P]``.
 Where M does not divide the rows, the last block is shorter.
 
-A permutation is scored on packed masks ``rows_OW``, 32 columns to a word. The M rows of a block are added by carry-save
-adders into planes of bits (Harley and Seal; Warren, Hacker's Delight, 5-1), so one operation counts 32 columns. All of it
-is whole numbers: every device, rank and number of threads decides alike, and nothing waits for the device.
+A permutation is scored on packed masks ``rows_OW``, 32 columns to a word: where at least t of a block's M rows
+hold a weight is a plane of bits, found for 32 columns by a few ANDs and ORs. All of it is whole numbers, so every device,
+rank and number of threads decides alike, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def column_mask(
 OBJECTIVES = ("blocks", "kept")
 SEARCHES = ("swap", "random")
 
-_WORDS = 2**17  # that one operation works on: more leave a processor's cache
+_WORDS = 2**20  # of permuted masks at once: of fewer the calls cost most, more leave a processor's cache
 
 
 def eligible_blocks(mask_OSC: Tensor, permutation_O: Tensor, pattern: Pattern) -> int:
@@ -173,10 +173,10 @@ def _scores(mask_OSC: Tensor, permutations_KO: Tensor, pattern: Pattern, objecti
     rows_OW, order_KO = _packed(mask_OSC, pattern.m), _whole(permutations_KO, pattern.m)
     least, most = (pattern.n + 1, pattern.n + 1) if objective == "blocks" else (1, pattern.n)
     counts = []
-    for some_KO in torch.split(order_KO, max(1, _WORDS * pattern.m // rows_OW.numel())):
+    for some_KO in torch.split(order_KO, max(1, _WORDS // rows_OW.numel())):
         some_MKG = some_KO.reshape(some_KO.shape[0], -1, pattern.m).movedim(-1, 0)
         at_least = _at_least([F.embedding(some_KG, rows_OW) for some_KG in some_MKG], least, most)
-        counts.append(torch.stack([_popcount(words_KGW).sum(1) for words_KGW in at_least.values()]).sum(0))
+        counts.append(torch.stack([_popcount(words_KGW.flatten(1)) for words_KGW in at_least.values()]).sum(0))
     blocks = order_KO.shape[1] // pattern.m * mask_OSC[0].numel()
     return blocks - torch.cat(counts) if objective == "blocks" else torch.cat(counts)
 
