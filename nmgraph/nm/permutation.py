@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nmgraph.nm.masks import top_n
 from nmgraph.nm.pattern import Pattern
@@ -136,7 +135,7 @@ def swap_rows(
     drawn_RG = torch.stack([torch.randperm(blocks, generator=generator) for _ in range(rounds)]).to(mask_OSC.device)
     for pairs_P2 in drawn_RG[:, : blocks // 2 * 2].reshape(rounds, -1, 2):
         order_P2M = order_O.reshape(-1, m)[pairs_P2]
-        gain_PMM = _gains(F.embedding(order_P2M, rows_OW), pattern, objective)
+        gain_PMM = _gains(_gathered(rows_OW, order_P2M), pattern, objective)
         if rows % m:  # where the last block has no rows, it stays so
             empty_P2M = order_P2M >= rows
             gain_PMM.masked_fill_(empty_P2M[:, 0, :, None] | empty_P2M[:, 1, None], 0)
@@ -175,7 +174,7 @@ def _scores(mask_OSC: Tensor, permutations_KO: Tensor, pattern: Pattern, objecti
     counts = []
     for some_KO in torch.split(order_KO, max(1, _WORDS // rows_OW.numel())):
         some_MKG = some_KO.reshape(some_KO.shape[0], -1, pattern.m).movedim(-1, 0)
-        at_least = _at_least([F.embedding(some_KG, rows_OW) for some_KG in some_MKG], least, most)
+        at_least = _at_least([_gathered(rows_OW, some_KG) for some_KG in some_MKG], least, most)
         counts.append(torch.stack([_popcount(words_KGW.flatten(1)) for words_KGW in at_least.values()]).sum(0))
     blocks = order_KO.shape[1] // pattern.m * mask_OSC[0].numel()
     return blocks - torch.cat(counts) if objective == "blocks" else torch.cat(counts)
@@ -195,6 +194,11 @@ def _whole(permutations_KO: Tensor, m: int) -> Tensor:
     count, rows = permutations_KO.shape
     empty = torch.arange(rows, -(-rows // m) * m, device=permutations_KO.device)
     return torch.cat((permutations_KO, empty.expand(count, -1)), 1)
+
+
+def _gathered(rows_OW: Tensor, order: Tensor) -> Tensor:
+    # Four times as fast as indexing, on the CPU.
+    return rows_OW.index_select(0, order.flatten()).reshape(*order.shape, -1)
 
 
 def _at_least(planes: Sequence[Tensor], least: int, most: int) -> dict[int, Tensor]:
