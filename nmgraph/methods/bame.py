@@ -23,7 +23,7 @@ from nmgraph.nm.fused import top_n
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.masks import prune_further
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.permutation import best_permutation, column_sparse
+from nmgraph.nm.permutation import SEARCHES, column_sparse, find_permutation
 from nmgraph.nm.randomness import generator, seed_of
 from nmgraph.nm.straight_through import masked, straight_through
 
@@ -68,7 +68,9 @@ class BAME(Method[BAMEState]):
         gain: what growing a weight is expected to gain: ``sgd``, η G² (Eq. 5), or ``adam``, η |G|.
         score_steps: gradients that an adaption adds up, of the steps before it and its own; the paper's is 1.
         bidirectional: BAME†, the backward mask of Bi-Mask.
-        candidates: random permutations to choose from, every interval; 0 leaves the rows in their order.
+        search: how its rows are permuted every interval: ``swap``, rows between blocks of the present permutation, or
+            ``random``, the best of some random permutations (Bi-Mask).
+        candidates: rounds of swaps, or random permutations to choose from; 0 leaves the rows in their order.
         seed: of the random draws.
 
     Raises:
@@ -87,9 +89,12 @@ class BAME(Method[BAMEState]):
         "combine": ("or", "and"),
         "changes": ("applied", "candidate"),
         "gain": ("sgd", "adam"),
+        "search": SEARCHES,
     }
     presets: ClassVar[Mapping[str, Preset]] = {
-        "paper": Preset({"interval": 100, "freeze_oscillating": 0.5, "freeze_large": 0.5}, BAME_CIFAR),
+        "paper": Preset(
+            {"interval": 100, "freeze_oscillating": 0.5, "freeze_large": 0.5, "search": "random"}, BAME_CIFAR
+        ),
     }
 
     t_i: float = 1 / 3
@@ -104,6 +109,7 @@ class BAME(Method[BAMEState]):
     gain: str = "sgd"
     score_steps: int = 1
     bidirectional: bool = False
+    search: str = "swap"
     candidates: int = 100
     seed: int = 0
 
@@ -172,7 +178,9 @@ class BAME(Method[BAMEState]):
             state = self._adapt(w_OSC, grad_OSC, state, pattern, clock)
         if self.bidirectional and self.candidates and clock.step % self.interval == 0:
             draws = generator(state.seed, clock.step)
-            permutation = best_permutation(state.mask, pattern, self.candidates, "blocks", draws)
+            permutation = find_permutation(
+                state.mask, state.permutation, pattern, self.search, self.candidates, "blocks", draws
+            )
             state = state._replace(permutation=permutation)
         state = state._replace(dense=torch.full_like(state.dense, self.scores(clock.step + 1, clock.total_steps)))
         # Under the new mask: a grown weight starts from 0 and takes the step -ηG that Eq. 5 reckons with.

@@ -1,8 +1,9 @@
 """Bi-Mask: Zhang et al., Bi-directional Masks for Efficient N:M Sparse Training (ICML 2023, arXiv 2302.06058).
 
 Two masks: the forward one of SR-STE along rows, and inside it a backward one along columns, so that the input
-gradient multiplies by an N:M weight as well. The rows are permuted first, by the best of some random permutations, so
-that fewer weights fall out of the backward mask. The weight's gradient is dense, as SR-STE's.
+gradient multiplies by an N:M weight as well. The rows are permuted first, so that fewer weights fall out of the backward
+mask: by the best of some random permutations in the paper, by swaps of rows here unless told otherwise. The weight's
+gradient is dense, as SR-STE's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nmgraph.methods.schedule import check_range
 from nmgraph.methods.srste import refined_by_magnitude
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.permutation import OBJECTIVES, best_permutation, column_sparse
+from nmgraph.nm.permutation import OBJECTIVES, SEARCHES, column_sparse, find_permutation
 from nmgraph.nm.randomness import generator, seed_of
 from nmgraph.nm.straight_through import largest_straight_through
 
@@ -46,8 +47,10 @@ class BiMask(Method[BiMaskState]):
     Attributes:
         decay: SR-STE's λ, of weights outside the forward mask.
         interval: ΔT, steps between two choices of the permutation.
-        candidates: K, random permutations to choose from.
-        objective: what a permutation is chosen by: ``blocks``, the number of column blocks that lose nothing (the
+        search: how: ``swap``, rows between blocks of the present permutation, or ``random``, the best of some random
+            permutations (the paper).
+        candidates: K, random permutations to choose from, or rounds of swaps.
+        objective: what a permutation is judged by: ``blocks``, the number of column blocks that lose nothing (the
             paper), or ``kept``, the number of weights left (the official code).
         criterion: what the backward mask ranks by (Table 8): ``weight``, ``gradient``, ``multinomial`` or ``random``.
         backward_mask: False leaves the input gradient as it is (Table 9, baseline).
@@ -63,23 +66,22 @@ class BiMask(Method[BiMaskState]):
     paper: ClassVar[str] = "Zhang et al., ICML 2023"
     gradient: ClassVar[str] = "dense, straight through; masked weights decay; the input gradient is N:M"
     state_cost: ClassVar[str] = "8 bytes per output channel"
-    time_cost: ClassVar[str] = (
-        "two passes over the weight per forward, one per step; a search of permutations per refresh"
-    )
+    time_cost: ClassVar[str] = "two passes over the weight per forward, one per step; a search of rows per refresh"
     unattached: ClassVar[str] = "masked weights do not decay, and rows are not permuted"
     state_type: ClassVar[type[tuple[Any, ...]]] = BiMaskState
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "objective": tuple(OBJECTIVES),
+        "search": SEARCHES,
+        "objective": OBJECTIVES,
         "criterion": ("weight", "gradient", "multinomial", "random"),
     }
     presets: ClassVar[Mapping[str, Preset]] = {
         "paper": Preset(
-            {"decay": 2e-4, "interval": 100, "candidates": 100, "objective": "blocks"},
+            {"decay": 2e-4, "interval": 100, "search": "random", "candidates": 100, "objective": "blocks"},
             "SGD, momentum 0.9, weight decay as SR-STE's (CIFAR: 1e-3), learning rate 0.1 at batch 256, 5 epochs of warm-up, "
             "cosine to 0, 120 epochs (CIFAR: 300)",
         ),
         "code": Preset(
-            {"decay": 2e-4, "interval": 100, "candidates": 10, "objective": "kept"},
+            {"decay": 2e-4, "interval": 100, "search": "random", "candidates": 10, "objective": "kept"},
             "SGD, momentum 0.9, weight decay 1e-3 and none for batch norms, learning rate 0.1 at batch 256, no warm-up, "
             "cosine to 0, label smoothing 0.1, 300 epochs (ResNet-32 on CIFAR-10)",
             keep_dense=("head",),
@@ -89,8 +91,9 @@ class BiMask(Method[BiMaskState]):
 
     decay: float = 2e-4
     interval: int = 100
+    search: str = "swap"
     candidates: int = 100
-    objective: str = "blocks"
+    objective: str = "kept"
     criterion: str = "weight"
     backward_mask: bool = True
     permute: bool = True
@@ -128,7 +131,10 @@ class BiMask(Method[BiMaskState]):
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, pattern: Pattern, clock: Clock) -> Update:
         if self.permute and self.backward_mask and clock.step % self.interval == 0:
             mask, draws = self.mask(w_OSC, state, pattern), generator(state.seed, clock.step)
-            state = state._replace(permutation=best_permutation(mask, pattern, self.candidates, self.objective, draws))
+            permutation = find_permutation(
+                mask, state.permutation, pattern, self.search, self.candidates, self.objective, draws
+            )
+            state = state._replace(permutation=permutation)
         if self.criterion != "weight":
             state = state._replace(salience=self._salience(w_OSC, grad_OSC, state, clock))
         return Update(state, refined_by_magnitude(grad_OSC, w_OSC, pattern, self.decay))

@@ -1,5 +1,7 @@
 """Backward masks along permuted rows, and the choice of the permutation."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import random_mask
 from nmgraph.nm.pattern import Pattern
-from nmgraph.nm.permutation import best_permutation, column_sparse, eligible_blocks, kept_weights
+from nmgraph.nm.permutation import best_permutation, column_sparse, eligible_blocks, kept_weights, swap_rows
 
 PATTERNS = st.sampled_from([Pattern(1, 2), Pattern(1, 4), Pattern(2, 4), Pattern(3, 4), Pattern(2, 7), Pattern(1, 16)])
 FEW_VALUES = st.integers(0, 3).map(float)  # few, so that ties are the rule
@@ -54,6 +56,34 @@ def slow_score(mask, order, pattern, objective):
     if objective == "blocks":
         return sum(count <= pattern.n for count in counts)
     return sum(min(count, pattern.n) for count in counts)
+
+
+def slow_swaps(mask, order, pattern, rounds, objective, source):
+    """Pair blocks at random, try every swap of each pair, and make the best one if it gains."""
+    order = [*order]
+    starts = range(0, len(order), pattern.m)
+    for drawn in [torch.randperm(len(starts), generator=source).tolist() for _ in range(rounds)]:
+        for first, second in zip(drawn[::2], drawn[1::2], strict=False):
+            best, best_score = order, slow_score(mask, order, pattern, objective)
+            for i in range(starts[first], min(starts[first] + pattern.m, len(order))):
+                for j in range(starts[second], min(starts[second] + pattern.m, len(order))):
+                    swapped = [*order]
+                    swapped[i], swapped[j] = order[j], order[i]
+                    score = slow_score(mask, swapped, pattern, objective)
+                    if score > best_score:
+                        best, best_score = swapped, score
+            order = best
+    return order
+
+
+def plain_counts(mask, order, m):
+    """Count the weights of every column of every block; M divides the rows."""
+    return mask[order].flatten(1).unflatten(0, (-1, m)).sum(1)
+
+
+def plain_score(mask, order, pattern, objective):
+    counts = plain_counts(mask, order, pattern.m)
+    return int((counts <= pattern.n).sum() if objective == "blocks" else counts.clamp(max=pattern.n).sum())
 
 
 def generator(seed):
@@ -191,6 +221,86 @@ def test_of_equal_permutations_the_first_drawn_is_taken():
     for objective in ("blocks", "kept"):
         found = best_permutation(full, Pattern(2, 4), 10, objective, generator(7))
         assert torch.equal(found, torch.randperm(8, generator=generator(7)))
+
+
+@pytest.mark.parametrize("objective", ["blocks", "kept"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:16", "5:7", "16:32"])
+def test_on_a_large_layer_too_the_best_permutation_is_taken(pattern, objective):
+    pattern = Pattern.parse(pattern)
+    mask = torch.rand(224 * 8, 3, 50, generator=generator(0)) < pattern.n / pattern.m  # columns that fill no word
+    source = generator(1)
+    drawn = [torch.randperm(len(mask), generator=source) for _ in range(60)]
+    scores = [plain_score(mask, order, pattern, objective) for order in drawn]
+    found = best_permutation(mask, pattern, 60, objective, generator(1))
+    assert torch.equal(found, drawn[scores.index(max(scores))])
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks_and_orders(), PATTERNS, st.sampled_from(["blocks", "kept"]), st.integers(1, 3), st.integers(0, 9))
+def test_rows_are_swapped_as_when_every_swap_is_tried(case, pattern, objective, rounds, seed):
+    mask, order = case
+    found = swap_rows(mask, torch.tensor(order), pattern, rounds, objective, generator(seed))
+    assert found.tolist() == slow_swaps(mask, order, pattern, rounds, objective, generator(seed))
+
+
+@pytest.mark.parametrize("objective", ["blocks", "kept"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "2:8"])
+@pytest.mark.parametrize("rows", [48, 46])
+def test_no_round_of_swaps_does_worse_and_many_end_where_no_swap_gains(rows, pattern, objective):
+    pattern = Pattern.parse(pattern)
+    mask = random_mask((rows, 3, 40), pattern, generator(2))
+    score = {"blocks": eligible_blocks, "kept": kept_weights}[objective]
+    order = torch.randperm(rows, generator=generator(0))
+    scores = [score(mask, order, pattern)]
+    for step in range(500):
+        order = swap_rows(mask, order, pattern, 1, objective, generator(step))
+        scores.append(score(mask, order, pattern))
+    assert torch.equal(order.sort().values, torch.arange(rows))
+    assert scores == sorted(scores)
+    assert len(set(scores)) > 3
+    for i, j in combinations(range(rows), 2):
+        swapped = order.clone()
+        swapped[i], swapped[j] = order[j], order[i]
+        assert score(mask, swapped, pattern) <= scores[-1]
+
+
+@pytest.mark.parametrize("objective", ["blocks", "kept"])
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "3:4"])
+def test_swaps_of_eight_rows_come_near_the_best_of_all_orders(pattern, objective):
+    pattern, gains = Pattern.parse(pattern), [0, 0]
+    for seed in range(30):
+        mask = random_mask((8, 1, 24), pattern, generator(seed))
+        every = [
+            [0, *three, *(row for row in range(1, 8) if row not in three)] for three in combinations(range(1, 8), 3)
+        ]
+        most = max(plain_score(mask, order, pattern, objective) for order in every)
+        before = plain_score(mask, list(range(8)), pattern, objective)
+        found = swap_rows(mask, torch.arange(8), pattern, 4, objective, generator(0))
+        found = plain_score(mask, found, pattern, objective)
+        assert before <= found <= most
+        gains = [gains[0] + found - before, gains[1] + most - before]
+    assert 0.8 * gains[1] < gains[0]
+
+
+@pytest.mark.parametrize(("pattern", "share"), [("2:4", 0.828), ("1:4", 0.714), ("1:16", 0.698)])
+def test_a_hundred_rounds_of_swaps_keep_more_than_the_best_of_a_hundred_permutations(pattern, share):
+    pattern = Pattern.parse(pattern)
+    mask = random_mask((128, 1, 1152), pattern, generator(0))
+    drawn = best_permutation(mask, pattern, 100, "kept", generator(0))
+    swapped = swap_rows(mask, torch.arange(128), pattern, 100, "kept", generator(0))
+    assert kept_weights(mask, swapped, pattern) > share * int(mask.sum()) > kept_weights(mask, drawn, pattern)
+
+
+def test_a_single_block_has_nothing_to_swap_with():
+    mask = torch.rand(4, 1, 8) < 0.5
+    assert swap_rows(mask, torch.tensor([2, 0, 1, 3]), Pattern(2, 4), 5, "kept", generator(0)).tolist() == [2, 0, 1, 3]
+
+
+def test_swapping_leaves_the_permutation_given_as_it_was():
+    mask, order = random_mask((64, 1, 64), Pattern(2, 4), generator(0)), torch.arange(64)
+    found = swap_rows(mask, order, Pattern(2, 4), 5, "kept", generator(0))
+    assert torch.equal(order, torch.arange(64))
+    assert not torch.equal(found, order)
 
 
 def test_more_candidates_never_do_worse():

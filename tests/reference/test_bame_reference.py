@@ -552,8 +552,9 @@ def literal_backward_weight(weight, mask, permutation, n, m):
 
 
 @pytest.mark.parametrize("candidates", [0, 10])
-def test_the_input_gradient_of_a_bidirectional_layer_uses_a_weight_that_is_n_of_m_along_rows(candidates):
-    model, optimizer = converted("2:4", bidirectional=True, candidates=candidates)
+@pytest.mark.parametrize("search", ["swap", "random"])
+def test_the_input_gradient_of_a_bidirectional_layer_uses_a_weight_that_is_n_of_m_along_rows(search, candidates):
+    model, optimizer = converted("2:4", bidirectional=True, search=search, candidates=candidates)
     permutations = []
 
     def compare(t):

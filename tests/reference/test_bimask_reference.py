@@ -107,18 +107,35 @@ def add_decay(layers):
         layer.weight.grad += DECAY * (~literal_forward_mask(layer.weight.detach()) * layer.weight.detach())
 
 
+def literal_score(mask, order, objective):
+    counts = torch.stack([part.sum(0) for part in mask.flatten(1)[order].split(M)])
+    return int((counts <= N).sum() if objective == "blocks" else counts.clamp(max=N).sum())
+
+
 def literal_choice(mask, seed, step, candidates, objective):
     """Draw the candidates of a step, and count what each leaves of every column block."""
     source = generator(seed, step)
     drawn = [torch.randperm(len(mask), generator=source) for _ in range(candidates)]
-    flags = mask.flatten(1)
-
-    def score(order):
-        counts = torch.stack([part.sum(0) for part in flags[order].split(M)])
-        return int((counts <= N).sum() if objective == "blocks" else counts.clamp(max=N).sum())
-
-    scores = [score(order) for order in drawn]
+    scores = [literal_score(mask, order, objective) for order in drawn]
     return drawn[scores.index(max(scores))]
+
+
+def literal_swaps(mask, order, seed, step, rounds, objective):
+    """Pair the blocks of a step anew each round, and make of every pair's swaps the best, if it is worth anything."""
+    source, order = generator(seed, step), order.tolist()
+    slots = torch.arange(len(order)).split(M)
+    for drawn in [torch.randperm(len(slots), generator=source).tolist() for _ in range(rounds)]:
+        for first, second in zip(drawn[::2], drawn[1::2], strict=False):
+            tried = []
+            for i in slots[first].tolist():
+                for j in slots[second].tolist():
+                    swapped = [*order]
+                    swapped[i], swapped[j] = order[j], order[i]
+                    tried.append((literal_score(mask, swapped, objective), swapped))
+            best = max(tried, key=lambda each: each[0])
+            if best[0] > literal_score(mask, order, objective):
+                order = best[1]
+    return torch.tensor(order)
 
 
 def one_layer(layer, axis=1, steps=1, pattern="2:4", **options):
@@ -149,7 +166,7 @@ def train(model, optimizer, steps):
 
 @pytest.mark.parametrize("outputs", [8, 10])  # whole blocks of rows, and a short last one
 def test_the_input_gradient_of_a_linear_layer_is_that_of_the_permuted_form(outputs):
-    layer = one_layer(nn.Linear(12, outputs).double())
+    layer = one_layer(nn.Linear(12, outputs).double(), search="random")
     order = nm(layer).state.permutation
     assert not torch.equal(order, torch.arange(outputs))
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
@@ -199,12 +216,12 @@ def test_the_backward_mask_lies_inside_the_forward_one_and_is_n_m_on_permuted_ro
     assert all(torch.equal(kept.sum(0), alive.sum(0).clamp(max=pattern.n)) for kept, alive in parts)
 
 
+@pytest.mark.parametrize("search", ["random", "swap"])
 @pytest.mark.parametrize("objective", ["blocks", "kept"])
-def test_training_equals_the_literal_method_step_by_step(objective):
+def test_training_equals_the_literal_method_step_by_step(objective, search):
     interval, candidates = 2, 7
-    model, optimizer = attached(
-        network(), decay=DECAY, interval=interval, candidates=candidates, objective=objective, seed=5
-    )
+    options = {"interval": interval, "candidates": candidates, "objective": objective, "search": search}
+    model, optimizer = attached(network(), decay=DECAY, seed=5, **options)
     dense = network()
     own = torch.optim.SGD(dense.parameters(), lr=RATE, momentum=MOMENTUM)
     literal, sparse = layers_of(dense), layers_of(model)
@@ -218,7 +235,10 @@ def test_training_equals_the_literal_method_step_by_step(objective):
         if step % interval == 0:
             masks = [literal_forward_mask(layer.weight.detach()) for layer in literal]
             permutations = [
-                literal_choice(mask, seed, step, candidates, objective) for mask, seed in zip(masks, seeds, strict=True)
+                literal_choice(mask, seed, step, candidates, objective)
+                if search == "random"
+                else literal_swaps(mask, order, seed, step, candidates, objective)
+                for mask, order, seed in zip(masks, permutations, seeds, strict=True)
             ]
         own.step()
         train(model, optimizer, [step])
@@ -226,6 +246,7 @@ def test_training_equals_the_literal_method_step_by_step(objective):
             assert torch.allclose(nm(layer).raw.grad, expected.weight.grad, rtol=1e-9, atol=1e-12)
             assert torch.allclose(nm(layer).raw.detach(), expected.weight, rtol=1e-9, atol=1e-12)
             assert torch.equal(nm(layer).state.permutation, order)
+    assert not all(torch.equal(order, torch.arange(len(order))) for order in permutations)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
@@ -249,7 +270,7 @@ def test_the_weight_gets_its_dense_gradient_and_the_decay_once(micro_batches, sc
 
 @pytest.mark.parametrize("objective", ["blocks", "kept"])
 def test_a_permutation_is_chosen_every_interval_steps_and_at_no_other(objective):
-    model, optimizer = attached(network(), interval=3, candidates=5, objective=objective)
+    model, optimizer = attached(network(), interval=3, search="random", candidates=5, objective=objective)
     layers, changed = layers_of(model), []
     seeds = [seed_of(canonical(nm(layer).raw.detach()), 0) for layer in layers]
     assert all(torch.equal(nm(layer).state.permutation, torch.arange(len(nm(layer).raw))) for layer in layers)
@@ -267,13 +288,31 @@ def test_a_permutation_is_chosen_every_interval_steps_and_at_no_other(objective)
     assert changed == [0, 3, 6]
 
 
-def test_each_objective_is_served_best_by_its_own_choice():
+@pytest.mark.parametrize("objective", ["blocks", "kept"])
+def test_swaps_go_on_from_the_present_permutation_and_leave_more_than_random_ones(objective):
+    score = {"blocks": eligible_blocks, "kept": kept_weights}[objective]
+    pattern, weight = Pattern(2, 4), torch.randn(64, 1, 64)
+    mask, left = magnitude_mask(weight, pattern), {}
+    for search, candidates in (("swap", 3), ("random", 100)):
+        method = BiMask(search=search, candidates=candidates, interval=1, objective=objective)
+        state, left[search] = method.init(weight, pattern), []
+        for step in range(8):
+            state = method.update(weight, torch.zeros_like(weight), state, pattern, Clock(step, 10, 0.1)).state
+            left[search].append(score(mask, state.permutation, pattern))
+    assert left["swap"] == sorted(left["swap"])
+    assert left["swap"][0] < left["swap"][3]
+    assert left["swap"][3] > max(left["random"])
+    assert left["random"] != sorted(left["random"])
+
+
+@pytest.mark.parametrize("search", ["swap", "random"])
+def test_each_objective_is_served_best_by_its_own_choice(search):
     pattern, left = Pattern(1, 4), {"blocks": [0, 0], "kept": [0, 0]}
     for _ in range(8):
         weight = torch.randn(16, 1, 32)
         mask = magnitude_mask(weight, pattern)
         for objective, sums in left.items():
-            method = BiMask(objective=objective, candidates=50)
+            method = BiMask(objective=objective, search=search, candidates=50)
             state = method.init(weight, pattern)
             order = method.update(weight, weight, state, pattern, Clock(0, 10, 0.1)).state.permutation
             sums[0] += eligible_blocks(mask, order, pattern)
@@ -393,7 +432,9 @@ def test_without_permuting_the_rows_stay_in_their_order():
 def test_a_seed_decides_the_run(criterion):
     runs = []
     for seed in (3, 3, 4):
-        model, optimizer = attached(network(), interval=2, candidates=5, criterion=criterion, seed=seed)
+        model, optimizer = attached(
+            network(), interval=2, search="random", candidates=5, criterion=criterion, seed=seed
+        )
         torch.manual_seed(len(runs))  # the global generator has no say
         train(model, optimizer, range(5))
         runs.append([p.detach().clone() for p in model.parameters()])
@@ -401,11 +442,13 @@ def test_a_seed_decides_the_run(criterion):
     assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
 
+@pytest.mark.parametrize("search", ["swap", "random"])
 @pytest.mark.parametrize("criterion", ["weight", "gradient", "multinomial", "random"])
-def test_a_copy_taken_in_the_middle_goes_on_as_the_original(criterion):
-    model, optimizer = attached(network(), interval=3, candidates=5, criterion=criterion)
+def test_a_copy_taken_in_the_middle_goes_on_as_the_original(criterion, search):
+    options = {"interval": 3, "candidates": 5, "criterion": criterion, "search": search}
+    model, optimizer = attached(network(), **options)
     train(model, optimizer, range(4))
-    resumed, other = attached(network(), interval=3, candidates=5, criterion=criterion)
+    resumed, other = attached(network(), **options)
     resumed.load_state_dict(model.state_dict())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, range(4, 8))
