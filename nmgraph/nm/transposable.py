@@ -3,7 +3,8 @@
 Every M x M tile of ``w_OC`` keeps exactly N weights of each row and of each column, with the largest sum of
 magnitudes. Up to M = 4 dynamic programming over the rows finds the best mask for certain. Above, the dual of the linear
 programme is descended: rows and columns have prices, and a weight worth more than both is kept. Where this keeps N of
-each row and of each column, no mask keeps more, for the relaxation is tight; so end nearly all tiles.
+each row and of each column, no mask keeps more, by complementary slackness; nearly all tiles end so. (This holds for
+the weights that were searched, which differ by a jitter from those given, so that none are equal.)
 
 Everything is planar: all tiles are solved at once by plain arithmetic between planes, one plane being one place in all
 tiles, so that memory is read in order, and no product is rounded by TF32 or autocast.
