@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, reduce
-from itertools import combinations
+from itertools import combinations, product
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ _RESOLUTION = 2.0**33  # steps of a magnitude; twelve of them and 16 bits beside
 _JITTER = 3e-3  # as a share of a tile's typical magnitude; it costs less than 1e-6 of the sum
 _STEPS = 4  # of descent between two looks at what is solved
 _LOOKS = 25
+
+_Columns: TypeAlias = tuple[int, ...]
 
 
 def is_exact(pattern: Pattern) -> bool:
@@ -85,22 +88,31 @@ def _best(w_RMT: Tensor, pattern: Pattern) -> Tensor:
     rows, m, _ = w_RMT.shape
     place_RM1 = 2 ** torch.arange(rows * m, dtype=torch.int32, device=w_RMT.device).view(rows, m, 1)
     w_RMT = torch.add(place_RM1.double(), w_RMT.mul_(_RESOLUTION).round_().double(), alpha=2.0**16)
-    choices = list(combinations(range(m), pattern.n))
     best = {(0,) * m: torch.zeros((), dtype=torch.float64, device=w_RMT.device)}
-    for left, w_MT in zip(reversed(range(rows)), w_RMT.unbind(), strict=True):
+    for w_MT, transitions in zip(w_RMT.unbind(), _transitions(rows, pattern), strict=True):
         w_of = w_MT.unbind()
-        sums = {choice: reduce(torch.add, [w_of[column] for column in choice]) for choice in choices}
-        reached: dict[tuple[int, ...], Tensor] = {}
-        for used, before in best.items():
-            for choice in choices:
-                now = tuple(count + (column in choice) for column, count in enumerate(used))
-                if max(now) > pattern.n or (rows == m and min(now) < pattern.n - left):
-                    continue
-                total = before + sums[choice]
-                reached[now] = torch.maximum(reached[now], total, out=total) if now in reached else total
+        sums = {choice: reduce(torch.add, [w_of[c] for c in choice]) for choice in combinations(range(m), pattern.n)}
+        reached: dict[_Columns, Tensor] = {}
+        for used, choice, now in transitions:
+            total = best[used] + sums[choice]
+            reached[now] = torch.maximum(reached[now], total, out=total) if now in reached else total
         best = reached
     places_T = (reduce(torch.maximum, best.values()).long() & 0xFFFF).int()
     return (places_T & place_RM1).bool()
+
+
+@lru_cache(maxsize=16)
+def _transitions(rows: int, pattern: Pattern) -> list[list[tuple[_Columns, _Columns, _Columns]]]:
+    """List, for each row, (how often each column is used before it, columns it may choose, how often after it)."""
+    steps, reached = [], {(0,) * pattern.m}
+    for left in reversed(range(rows)):
+        every = product(sorted(reached), combinations(range(pattern.m), pattern.n))
+        step = [(used, choice, tuple(n + (c in choice) for c, n in enumerate(used))) for used, choice in every]
+        # All columns of a whole tile end at N, so that none may fall behind.
+        least = pattern.n - left if rows == pattern.m else 0
+        steps.append([(used, choice, now) for used, choice, now in step if max(now) <= pattern.n and min(now) >= least])
+        reached = {now for _, _, now in steps[-1]}
+    return steps
 
 
 def _approximate(w_RMT: Tensor, pattern: Pattern) -> Tensor:
@@ -155,11 +167,25 @@ def _price(planes: Sequence[Tensor], n: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _comparators(count: int, n: int) -> list[tuple[int, int, bool, bool]]:
-    """List what Batcher's odd-even merge sort compares, as far as the n-th and the next largest depend on it.
+    """List what has to be compared for the n-th and the next largest: of two sorting networks, what these depend on.
 
     Returns:
         (i, j, whether the smaller goes to i and is needed, whether the larger goes to j and is needed).
     """
+    bubble_sort = [(i, i + 1) for last in range(count - 1, 0, -1) for i in range(last)]  # the shorter one at n = 1
+    networks = []
+    for network in (bubble_sort, _odd_even_merge_sort(count)):
+        needed, comparators = {count - n - 1, count - n}, []
+        for i, j in reversed(network):
+            if i in needed or j in needed:
+                comparators.append((i, j, i in needed, j in needed))
+                needed |= {i, j}
+        networks.append(comparators[::-1])
+    return min(networks, key=lambda comparators: sum(lower + upper for _, _, lower, upper in comparators))
+
+
+def _odd_even_merge_sort(count: int) -> list[tuple[int, int]]:
+    """List the comparators of Batcher's sorting network (1968), for any count."""
     network = []
     p = 1
     while p < count:
@@ -170,12 +196,7 @@ def _comparators(count: int, n: int) -> list[tuple[int, int, bool, bool]]:
                 network += [(i, j) for i, j in pairs if i // (2 * p) == j // (2 * p)]
             k //= 2
         p *= 2
-    needed, comparators = {count - n - 1, count - n}, []
-    for i, j in reversed(network):
-        if i in needed or j in needed:
-            comparators.append((i, j, i in needed, j in needed))
-            needed |= {i, j}
-    return comparators[::-1]
+    return network
 
 
 def _greedy(worth_RMT: Tensor, pattern: Pattern) -> Tensor:
