@@ -49,7 +49,8 @@ def transposable_mask(w_OSC: Tensor, pattern: Pattern) -> Tensor:
 
     Returns:
         bool ``[O, S, C]``: every block along C keeps exactly N, every M aligned rows of a column at most N. Up to
-        M = 4 no mask keeps more, to the rounding of float32. Memory beside it is bounded, whatever the weight.
+        M = 4 no mask keeps more, to the rounding of float32. What else is in memory at a time is of some thousand tiles,
+        or of M output channels.
     """
     outputs, positions, channels = w_OSC.shape
     mask_OSC = torch.empty(w_OSC.shape, dtype=torch.bool, device=w_OSC.device)
