@@ -59,7 +59,7 @@ def trained_network():
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     x, target = torch.tensor(digits.data).float() / 16, torch.tensor(digits.target)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for step in range(300):
         batch = torch.arange(step * 64, step * 64 + 64) % len(x)
         optimizer.zero_grad()
@@ -145,12 +145,24 @@ def test_larger_tiles_keep_what_the_optimum_keeps(pattern, tiles):
 
 
 @pytest.mark.parametrize("pattern", APPROXIMATED)
+def test_prices_that_are_given_no_time_still_leave_a_transposable_mask(pattern, monkeypatch):
+    monkeypatch.setattr(transposable, "_LOOKS", 1)
+    monkeypatch.setattr(transposable, "_STEPS", 1)
+    pattern = Pattern.parse(pattern)
+    w_TMM = gaussian(200, pattern.m)
+    mask_TMM = solved(w_TMM, pattern)
+    assert (mask_TMM.sum(1) == pattern.n).all()
+    assert (mask_TMM.sum(2) == pattern.n).all()
+    assert kept(w_TMM, mask_TMM).mean() > 1.05 * pattern.density * w_TMM.abs().sum((1, 2)).mean()  # chance keeps 1.0
+
+
+@pytest.mark.parametrize("pattern", APPROXIMATED)
 def test_ties_cost_little(pattern):
     pattern = Pattern.parse(pattern)
     w_TMM = with_ties(200 if pattern.n == 1 else 100, pattern.m)
     share = kept(w_TMM, solved(w_TMM, pattern)) / most_by_scipy(w_TMM, pattern)
     assert share.mean() >= 0.999
-    assert share.min() >= 0.9
+    assert share.min() >= 0.85  # two of a tile's fifteen at 1:8
 
 
 @pytest.mark.parametrize("pattern", ["1:8", "4:8", "5:8", "1:16"])
