@@ -1,165 +1,218 @@
 """Transposable masks: N:M along rows and along columns at once (Hubara et al., NeurIPS 2021).
 
 Every M x M tile of ``w_OC`` keeps exactly N weights of each row and of each column, with the largest sum of
-magnitudes. Where there are few such masks (2:4 has 90) all of them are tried. Elsewhere the linear relaxation is
-solved softly (Dykstra's projections, as TSENOR does, arXiv 2505.23949), rounded greedily, repaired, and improved by
-exchanges of two rows and two columns until none helps.
+magnitudes. Up to M = 4 dynamic programming over the rows finds the best mask for certain. Above, the dual of the linear
+programme is descended: rows and columns have prices, and a weight worth more than both is kept. Where this keeps N of
+each row and of each column, no mask keeps more, by complementary slackness; nearly all tiles end so. (This holds for
+the weights that were searched, which differ by a jitter from those given, so that none are equal.)
 
-Legend: T tiles, M rows and columns of a tile, R rows of the last one, P masks that exist.
+Everything is planar: all tiles are solved at once by plain arithmetic between planes, one plane being one place in all
+tiles, so that memory is read in order, and no product is rounded by TF32 or autocast.
+
+Legend: R rows of a tile (M, or fewer in the last ones), M columns, T tiles.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, reduce
 from itertools import combinations, product
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from nmgraph.nm.pattern import Pattern
 
-_ENUMERATED_M = 4
-_CHUNK_ELEMENTS = 1 << 22  # of the largest temporary, to bound its memory
-_SHARPNESS = 100.0  # of the soft mask; as far as the largest magnitude of a tile outweighs none
-_PROJECTIONS = 200
-_MAX_EXCHANGES = 10_000  # never reached: every exchange raises the sum
+_EXACT_M = 4
+_TILES_ON_CPU, _TILES_ELSEWHERE = 1 << 13, 1 << 15  # solved at once: planes that fit caches; planes that fill a GPU
+_RESOLUTION = 2.0**33  # steps of a magnitude; twelve of them and 16 bits beside fill the 53 bits of a float64
+_JITTER = 3e-3  # as a share of a tile's typical magnitude; it costs less than 1e-6 of the sum
+_STEPS = 4  # of descent between two looks at what is solved
+_LOOKS = 25
+
+_Columns: TypeAlias = tuple[int, ...]
 
 
 def is_exact(pattern: Pattern) -> bool:
     """Tell whether the best transposable mask is found for certain."""
-    return pattern.m <= _ENUMERATED_M
+    return pattern.m <= _EXACT_M
 
 
 def transposable_mask(w_OSC: Tensor, pattern: Pattern) -> Tensor:
     """Keep N of M along C and, at every kernel position, at most N of M along O, with the most magnitude.
 
     Args:
-        w_OSC: a weight; C must be a multiple of M. Where M does not divide O, the last tiles have fewer rows.
+        w_OSC: a weight, any floating dtype; C must be a multiple of M. Where M does not divide O, the last tiles have
+            fewer rows. NaN counts as 0.
         pattern: N:M.
 
     Returns:
-        bool ``[O, S, C]``: every block along C keeps exactly N, every M aligned rows of a column at most N.
+        bool ``[O, S, C]``: every block along C keeps exactly N, every M aligned rows of a column at most N. Up to
+        M = 4 no mask keeps more, to the rounding of float32. What else is in memory at a time is of some thousand tiles,
+        or of M output channels.
     """
-    whole = w_OSC.shape[0] // pattern.m * pattern.m
-    parts = [w_OSC.detach().abs().float()[rows] for rows in (slice(whole), slice(whole, None))]
-    return torch.cat([_mask_tiles(part, pattern, min(pattern.m, len(part))) for part in parts if len(part)])
-
-
-def _mask_tiles(w_OSC: Tensor, pattern: Pattern, rows: int) -> Tensor:
-    """Mask tiles of so many rows, R, and M columns."""
     outputs, positions, channels = w_OSC.shape
-    tiles = w_OSC.reshape(-1, rows, positions, channels // pattern.m, pattern.m).permute(0, 2, 3, 1, 4)
-    w_TRM = tiles.reshape(-1, rows, pattern.m)
-    solve, width = (_enumerate, len(_all_masks(pattern, rows))) if is_exact(pattern) else (_approximate, pattern.m**3)
-    mask = torch.cat([solve(chunk, pattern) for chunk in torch.split(w_TRM, max(1, _CHUNK_ELEMENTS // width))])
-    return mask.reshape(tiles.shape).permute(0, 3, 1, 2, 4).reshape(outputs, positions, channels)
+    mask_OSC = torch.empty(w_OSC.shape, dtype=torch.bool, device=w_OSC.device)
+    tiles = _TILES_ON_CPU if w_OSC.device.type == "cpu" else _TILES_ELSEWHERE
+    step = max(1, tiles * pattern.m // (positions * channels)) * pattern.m
+    whole = outputs // pattern.m * pattern.m
+    starts = [*range(0, whole, step), *([whole] if whole < outputs else [])]
+    for start, stop in zip(starts, [*starts[1:], outputs], strict=True):
+        _mask_tiles(w_OSC.detach()[start:stop], mask_OSC[start:stop], pattern)
+    return mask_OSC
 
 
-def _enumerate(w_TRM: Tensor, pattern: Pattern) -> Tensor:
-    # In float64, where neither TF32 nor autocast rounds a ranking.
-    masks_PRM = torch.tensor(_all_masks(pattern, w_TRM.shape[1]), dtype=torch.float64, device=w_TRM.device)
-    scores_TP = w_TRM.flatten(1).double() @ masks_PRM.flatten(1).T
-    return masks_PRM[scores_TP.argmax(-1)].bool()
+def _mask_tiles(w_OSC: Tensor, mask_OSC: Tensor, pattern: Pattern) -> None:
+    """Fill in the mask of whole tiles, or of short ones alone."""
+    tiles = _planes(w_OSC, pattern.m)
+    w_RMT = tiles.to(torch.float32, copy=True, memory_format=torch.contiguous_format).flatten(2)
+    w_RMT = w_RMT.abs_().nan_to_num_()
+    w_RMT /= w_RMT.amax((0, 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    kept_RMT = (_best if is_exact(pattern) else _approximate)(w_RMT, pattern)
+    _planes(mask_OSC, pattern.m).copy_(kept_RMT.view(tiles.shape))
+
+
+def _planes(t_OSC: Tensor, m: int) -> Tensor:
+    """See a tensor as planes, ``[R, M, ...]``; the kernel positions last, where a convolution has them in memory."""
+    outputs, positions, channels = t_OSC.shape
+    rows = min(m, outputs)
+    return t_OSC.view(outputs // rows, rows, positions, channels // m, m).permute(1, 4, 0, 3, 2)
+
+
+def _best(w_RMT: Tensor, pattern: Pattern) -> Tensor:
+    """Find the best mask row by row: of all ways to have used the columns equally, the best one is enough.
+
+    A magnitude is a whole number of 2^16, and its place is one bit below. So a sum says which places it is of, and
+    the larger of two sums brings its mask along.
+    """
+    rows, m, _ = w_RMT.shape
+    place_RM1 = 2 ** torch.arange(rows * m, dtype=torch.int32, device=w_RMT.device).view(rows, m, 1)
+    w_RMT = torch.add(place_RM1.double(), w_RMT.mul_(_RESOLUTION).round_().double(), alpha=2.0**16)
+    best = {(0,) * m: torch.zeros((), dtype=torch.float64, device=w_RMT.device)}
+    for w_MT, transitions in zip(w_RMT.unbind(), _transitions(rows, pattern), strict=True):
+        w_of = w_MT.unbind()
+        sums = {choice: reduce(torch.add, [w_of[c] for c in choice]) for choice in combinations(range(m), pattern.n)}
+        reached: dict[_Columns, Tensor] = {}
+        for used, choice, now in transitions:
+            total = best[used] + sums[choice]
+            reached[now] = torch.maximum(reached[now], total, out=total) if now in reached else total
+        best = reached
+    places_T = (reduce(torch.maximum, best.values()).long() & 0xFFFF).int()
+    return (places_T & place_RM1).bool()
 
 
 @lru_cache(maxsize=16)
-def _all_masks(pattern: Pattern, rows: int) -> list[tuple[tuple[int, ...], ...]]:
-    """List every mask of so many rows with N in each row and at most N in each column."""
-    choices = combinations(range(pattern.m), pattern.n)
-    row_masks = [tuple(int(i in chosen) for i in range(pattern.m)) for chosen in choices]
-    masks = product(row_masks, repeat=rows)
-    return [mask for mask in masks if all(sum(column) <= pattern.n for column in zip(*mask, strict=True))]
+def _transitions(rows: int, pattern: Pattern) -> list[list[tuple[_Columns, _Columns, _Columns]]]:
+    """List, for each row, (how often each column is used before it, columns it may choose, how often after it)."""
+    steps, reached = [], {(0,) * pattern.m}
+    for left in reversed(range(rows)):
+        every = product(sorted(reached), combinations(range(pattern.m), pattern.n))
+        step = [(used, choice, tuple(n + (c in choice) for c, n in enumerate(used))) for used, choice in every]
+        # All columns of a whole tile end at N, so that none may fall behind.
+        least = pattern.n - left if rows == pattern.m else 0
+        steps.append([(used, choice, now) for used, choice, now in step if max(now) <= pattern.n and min(now) >= least])
+        reached = {now for _, _, now in steps[-1]}
+    return steps
 
 
-def _approximate(w_TRM: Tensor, pattern: Pattern) -> Tensor:
-    rows = w_TRM.shape[1]
-    # A short tile becomes a whole one with rows of zeros. These take their part of each column, so that what is
-    # left need not be the best of the short tile.
-    w_TMM = torch.nn.functional.pad(w_TRM, (0, 0, 0, pattern.m - rows))
-    mask_TMM = _greedy(_soft_mask(w_TMM, pattern), pattern)
-    mask_TMM = _saturate(w_TMM, mask_TMM, pattern)
-    return _exchange(w_TMM, mask_TMM)[:, :rows]
+def _approximate(w_RMT: Tensor, pattern: Pattern) -> Tensor:
+    """Descend the dual, one side's prices at a time; round what has not converged, which is mostly ties.
 
-
-def _soft_mask(w_TMM: Tensor, pattern: Pattern) -> Tensor:
-    """Project ``exp(sharpness |w|)`` onto row sums N, column sums N and entries <= 1, in log space."""
-    log_n = torch.log(torch.tensor(float(pattern.n)))
-    largest_T11 = w_TMM.amax((1, 2), keepdim=True).clamp(min=torch.finfo(w_TMM.dtype).tiny)
-    s = _SHARPNESS * w_TMM / largest_T11
-    q = torch.zeros_like(s)  # Dykstra's correction of the one projection that is not affine
-    for _ in range(_PROJECTIONS):
-        s = s - s.logsumexp(2, keepdim=True) + log_n
-        s = s - s.logsumexp(1, keepdim=True) + log_n
-        corrected = s + q
-        s = corrected.clamp(max=0.0)
-        q = corrected - s
-    return s
-
-
-def _greedy(scores_TMM: Tensor, pattern: Pattern) -> Tensor:
-    """Take entries by descending score wherever their row and their column have room."""
-    tiles, m, _ = scores_TMM.shape
-    order = scores_TMM.flatten(1).argsort(dim=-1, descending=True, stable=True)
-    every = torch.arange(tiles, device=scores_TMM.device)
-    rows_TM = torch.full((tiles, m), pattern.n, device=scores_TMM.device)
-    columns_TM = rows_TM.clone()
-    mask_TMM = torch.zeros_like(scores_TMM, dtype=torch.bool)
-    for entry_T in order.unbind(1):
-        row_T, column_T = entry_T // m, entry_T % m
-        takes_T = (rows_TM[every, row_T] > 0) & (columns_TM[every, column_T] > 0)
-        mask_TMM[every, row_T, column_T] = takes_T
-        rows_TM[every, row_T] -= takes_T.long()
-        columns_TM[every, column_T] -= takes_T.long()
-    return mask_TMM
-
-
-def _saturate(w_TMM: Tensor, mask_TMM: Tensor, pattern: Pattern) -> Tensor:
-    """Fill rows and columns that have room left, by rerouting one kept entry each time.
-
-    A row i and a column j that lack an entry mostly hold (i, j) already, or it would have been taken. Where all such
-    pairs do, some (a, b) is kept with (i, b) and (a, j) free; it gives way to these two.
+    Given the columns' prices, the best price of a row lies anywhere between its N-th and its next largest remainder:
+    at the ends descent stalls, in the middle it does not.
     """
-    mask_TMM = mask_TMM.clone()
-    while True:
-        lacking_T = (mask_TMM.sum((1, 2)) < pattern.n * pattern.m).nonzero().flatten()
-        if not len(lacking_T):
-            return mask_TMM
-        w, kept = w_TMM[lacking_T], mask_TMM[lacking_T]
-        every = torch.arange(len(w), device=w.device)
-        lack = (kept.sum(2) < pattern.n).unsqueeze(2) & (kept.sum(1) < pattern.n).unsqueeze(1)
-        pair = (lack.long() + (lack & ~kept)).flatten(1).argmax(1)  # a free one first
-        i, j = pair // w.shape[1], pair % w.shape[1]
-        gain = w[every, i].unsqueeze(1) + w[every, :, j].unsqueeze(2) - w
-        possible = kept & ~kept[every, i].unsqueeze(1) & ~kept[every, :, j].unsqueeze(2)
-        best = gain.masked_fill(~possible, -torch.inf).flatten(1).argmax(1)
-        a, b = best // w.shape[1], best % w.shape[1]
-        held = kept[every, i, j]
-        mask_TMM[lacking_T[held], a[held], b[held]] = False
-        mask_TMM[lacking_T[held], i[held], b[held]] = True
-        mask_TMM[lacking_T[held], a[held], j[held]] = True
-        mask_TMM[lacking_T, i, j] = True
+    rows, m, tiles = w_RMT.shape
+    w_RMT += _jitter(w_RMT)
+    mask_RMT = torch.empty(w_RMT.shape, dtype=torch.bool, device=w_RMT.device)
+    open_T = torch.arange(tiles, device=w_RMT.device)
+    price_1MT = torch.zeros_like(w_RMT[:1])
+    for _ in range(_LOOKS):
+        for _ in range(_STEPS):
+            worth_RMT = w_RMT - _price((w_RMT - price_1MT).unbind(1), pattern.n).unsqueeze(1)
+            if rows > pattern.n:
+                price_1MT = _price(worth_RMT.unbind(0), pattern.n).unsqueeze(0)
+            if rows < m:  # columns may keep fewer than N, so that room in them is free
+                price_1MT = price_1MT.clamp(min=0)
+        worth_RMT -= price_1MT
+        kept_RMT = worth_RMT > 0
+        mask_RMT.index_copy_(2, open_T, kept_RMT)
+        # No column keeps more than N at its price; so where all rows keep N, whole columns do as well.
+        still_T = (kept_RMT.sum(1, dtype=torch.int32) != pattern.n).any(0).nonzero().squeeze(1)
+        open_T = open_T[still_T]
+        if not len(open_T):
+            return mask_RMT
+        w_RMT, price_1MT = w_RMT.index_select(2, still_T), price_1MT.index_select(2, still_T)
+    return mask_RMT.index_copy_(2, open_T, _greedy(worth_RMT.index_select(2, still_T), pattern))
 
 
-def _exchange(w_TMM: Tensor, mask_TMM: Tensor) -> Tensor:
-    """Swap (a, p), (b, q) for (a, q), (b, p) while that raises a tile's sum; best swap first."""
-    mask_TMM = mask_TMM.clone()
-    active_T = torch.arange(len(w_TMM), device=w_TMM.device)
-    for _ in range(_MAX_EXCHANGES):
-        w, kept = w_TMM[active_T], mask_TMM[active_T]
-        # What column p gains if its entry moves from row a to row b; the two moves of a swap are independent.
-        gain_TabM = (w.unsqueeze(1) - w.unsqueeze(2)).masked_fill(~(kept.unsqueeze(2) & ~kept.unsqueeze(1)), -torch.inf)
-        gain_Tab, column_Tab = gain_TabM.max(-1)
-        total_T, best_T = (gain_Tab + gain_Tab.transpose(1, 2)).flatten(1).max(1)
-        every, m = torch.arange(len(w), device=w.device), w.shape[1]
-        a, b = best_T // m, best_T % m
-        p, q = column_Tab[every, a, b], column_Tab[every, b, a]
-        # More than rounding, or two equal sums would swap for ever.
-        better_T = total_T > 1e-6 * (w[every, a, q] + w[every, b, p])
-        if not bool(better_T.any()):
-            break
-        active_T, a, b, p, q = (t[better_T] for t in (active_T, a, b, p, q))
-        mask_TMM[active_T, a, p] = False
-        mask_TMM[active_T, b, q] = False
-        mask_TMM[active_T, b, p] = True
-        mask_TMM[active_T, a, q] = True
-    return mask_TMM
+def _jitter(w_RMT: Tensor) -> Tensor:
+    """Tell equal weights apart, for prices alone cannot; alike in every tile, at every scale and on every device."""
+    generator = torch.Generator().manual_seed(0)
+    draws_RM1 = torch.rand(*w_RMT.shape[:2], 1, generator=generator).to(w_RMT.device)
+    typical_T = w_RMT.sqrt().mean((0, 1)).square()  # one outlier hardly counts
+    return _JITTER * typical_T * draws_RM1
+
+
+def _price(planes: Sequence[Tensor], n: int) -> Tensor:
+    """Give the middle between the n-th and the next largest of all planes, elementwise."""
+    planes = list(planes)
+    for i, j, lower, upper in _comparators(len(planes), n):
+        x, y = planes[i], planes[j]
+        if lower:
+            planes[i] = torch.minimum(x, y)
+        if upper:
+            planes[j] = torch.maximum(x, y)
+    return (planes[-n - 1] + planes[-n]) / 2
+
+
+@lru_cache(maxsize=64)
+def _comparators(count: int, n: int) -> list[tuple[int, int, bool, bool]]:
+    """List what has to be compared for the n-th and the next largest: of two sorting networks, what these depend on.
+
+    Returns:
+        (i, j, whether the smaller goes to i and is needed, whether the larger goes to j and is needed).
+    """
+    bubble_sort = [(i, i + 1) for last in range(count - 1, 0, -1) for i in range(last)]  # the shorter one at n = 1
+    networks = []
+    for network in (bubble_sort, _odd_even_merge_sort(count)):
+        needed, comparators = {count - n - 1, count - n}, []
+        for i, j in reversed(network):
+            if i in needed or j in needed:
+                comparators.append((i, j, i in needed, j in needed))
+                needed |= {i, j}
+        networks.append(comparators[::-1])
+    return min(networks, key=lambda comparators: sum(lower + upper for _, _, lower, upper in comparators))
+
+
+def _odd_even_merge_sort(count: int) -> list[tuple[int, int]]:
+    """List the comparators of Batcher's sorting network (1968), for any count."""
+    network = []
+    p = 1
+    while p < count:
+        k = p
+        while k:
+            for start in range(k % p, count - k, 2 * k):
+                pairs = ((i, i + k) for i in range(start, min(start + k, count - k)))
+                network += [(i, j) for i, j in pairs if i // (2 * p) == j // (2 * p)]
+            k //= 2
+        p *= 2
+    return network
+
+
+def _greedy(worth_RMT: Tensor, pattern: Pattern) -> Tensor:
+    """Let each row in turn take the N best columns that have room.
+
+    A column that has as much room as there are rows left, of a whole tile, comes first: then the rest can always be
+    completed.
+    """
+    rows, m, tiles = worth_RMT.shape
+    room_MT = torch.full((m, tiles), pattern.n, device=worth_RMT.device)
+    mask_RMT = torch.zeros_like(worth_RMT, dtype=torch.bool)
+    for row in range(rows):
+        rank_MT = (room_MT > 0).int() + (room_MT >= m - row).int()
+        by_worth = worth_RMT[row].argsort(dim=0, descending=True, stable=True)
+        by_rank = rank_MT.gather(0, by_worth).argsort(dim=0, descending=True, stable=True)
+        mask_RMT[row].scatter_(0, by_worth.gather(0, by_rank)[: pattern.n], True)
+        room_MT -= mask_RMT[row].long()
+    return mask_RMT

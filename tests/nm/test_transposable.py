@@ -1,5 +1,6 @@
 """Masks that are N:M along rows and along columns, against exact solvers."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -8,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nmgraph.nm import transposable
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.transposable import is_exact, transposable_mask
@@ -28,6 +32,41 @@ def heavy_tailed(tiles, m):
 
 def with_ties(tiles, m):
     return torch.randint(-2, 3, (tiles, m, m)).float()
+
+
+def laplace(tiles, m):
+    return torch.distributions.Laplace(0.0, 1.0).sample((tiles, m, m))
+
+
+def student_t(tiles, m):
+    return torch.distributions.StudentT(3.0).sample((tiles, m, m))
+
+
+def half_zero(tiles, m):
+    return torch.randn(tiles, m, m) * (torch.rand(tiles, m, m) < 0.5)
+
+
+def trained(tiles, m):
+    """Cut tiles out of the weights of a small network that reads digits."""
+    hidden_II = trained_network()
+    tiled = hidden_II.reshape(hidden_II.shape[0] // m, m, hidden_II.shape[1] // m, m).movedim(2, 1)
+    return tiled.flatten(0, 1)[:tiles]
+
+
+@functools.cache
+def trained_network():
+    """Train on scikit-learn's digits for 300 steps; give the square weight between its hidden layers."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x, target = torch.tensor(digits.data).float() / 16, torch.tensor(digits.target)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for step in range(300):
+        batch = torch.arange(step * 64, step * 64 + 64) % len(x)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), target[batch]).backward()
+        optimizer.step()
+    assert (model(x).argmax(1) == target).float().mean() > 0.95  # it has learnt something
+    return model[2].weight.detach()
 
 
 def side_by_side(w_TMM):
@@ -90,30 +129,63 @@ def test_up_to_m_4_no_mask_keeps_more(pattern, tiles):
     assert torch.allclose(kept(w_TMM, solved(w_TMM, pattern)), most_by_trying_all(w_TMM, pattern), rtol=1e-9, atol=0)
 
 
-# Mean over the tiles, and the worst tile. The best mask of each row alone is .97, greedy .99 of its transposable sum.
-@pytest.mark.parametrize(
-    ("pattern", "tiles", "mean", "worst"),
-    [
-        ("4:8", gaussian, 0.999, 0.97),
-        ("4:8", heavy_tailed, 0.999, 0.98),
-        ("4:8", with_ties, 0.999, 0.96),
-        ("2:8", gaussian, 0.999, 0.97),
-        ("8:16", gaussian, 0.999, 0.99),
-        ("8:16", heavy_tailed, 0.999, 0.99),
-        ("1:8", gaussian, 0.999, 0.97),
-        ("1:16", gaussian, 0.999, 0.97),
-        ("1:16", heavy_tailed, 0.999, 0.97),
-        ("1:16", with_ties, 0.999, 0.96),
-    ],
-)
-def test_larger_tiles_come_close_to_the_optimum(pattern, tiles, mean, worst):
+# Greedy keeps .97 to .99 of the transposable optimum, and greedy with exchanges .990 at 1:16.
+@pytest.mark.parametrize("tiles", [gaussian, laplace, student_t, heavy_tailed, half_zero, trained])
+@pytest.mark.parametrize("pattern", [*APPROXIMATED, "4:16", "3:10", "1:32", "8:32"])
+def test_larger_tiles_keep_what_the_optimum_keeps(pattern, tiles):
     pattern = Pattern.parse(pattern)
-    w_TMM = tiles(200 if pattern.n == 1 else 100, pattern.m)
+    if pattern.m == 10 and tiles is trained:
+        pytest.skip("256 is no multiple of 10")
+    w_TMM = tiles(60 if pattern.m < 16 else 20, pattern.m)
     share = kept(w_TMM, solved(w_TMM, pattern)) / most_by_scipy(w_TMM, pattern)
     assert not is_exact(pattern)
     assert share.max() <= 1 + 1e-6  # the tolerance of the linear programme
-    assert share.mean() >= mean
-    assert share.min() >= worst
+    assert share.mean() >= 0.9999
+    assert share.min() >= 0.999
+
+
+@pytest.mark.parametrize("pattern", APPROXIMATED)
+def test_prices_that_are_given_no_time_still_leave_a_transposable_mask(pattern, monkeypatch):
+    monkeypatch.setattr(transposable, "_LOOKS", 1)
+    monkeypatch.setattr(transposable, "_STEPS", 1)
+    pattern = Pattern.parse(pattern)
+    w_TMM = gaussian(200, pattern.m)
+    mask_TMM = solved(w_TMM, pattern)
+    assert (mask_TMM.sum(1) == pattern.n).all()
+    assert (mask_TMM.sum(2) == pattern.n).all()
+    assert kept(w_TMM, mask_TMM).mean() > 1.05 * pattern.density * w_TMM.abs().sum((1, 2)).mean()  # chance keeps 1.0
+
+
+@pytest.mark.parametrize("pattern", APPROXIMATED)
+def test_ties_cost_little(pattern):
+    pattern = Pattern.parse(pattern)
+    w_TMM = with_ties(200 if pattern.n == 1 else 100, pattern.m)
+    share = kept(w_TMM, solved(w_TMM, pattern)) / most_by_scipy(w_TMM, pattern)
+    assert share.mean() >= 0.999
+    assert share.min() >= 0.85  # two of a tile's fifteen at 1:8
+
+
+@pytest.mark.parametrize("pattern", ["1:8", "4:8", "5:8", "1:16"])
+def test_a_short_last_tile_of_many_columns_comes_close_to_its_optimum(pattern):
+    optimize, sparse = pytest.importorskip("scipy.optimize"), pytest.importorskip("scipy.sparse")
+    pattern = Pattern.parse(pattern)
+    m = pattern.m
+    for rows in range(1, m, 2):
+        w_OSC = torch.randn(rows, 1, 20 * m)
+        mask_OSC = transposable_mask(w_OSC, pattern)
+        w_TRM, mask_TRM = (t.reshape(rows, 20, m).movedim(1, 0) for t in (w_OSC, mask_OSC))
+        in_rows = sparse.kron(sparse.eye(rows), np.ones((1, m)))
+        in_columns = sparse.kron(np.ones((1, rows)), sparse.eye(m))
+        limits = {"A_ub": in_columns, "b_ub": np.full(m, pattern.n), "A_eq": in_rows, "b_eq": np.full(rows, pattern.n)}
+        best = [-optimize.linprog(-w.ravel(), bounds=(0, 1), **limits).fun for w in w_TRM.abs().double().numpy()]
+        assert (kept(w_TRM, mask_TRM) / torch.tensor(best)).mean() >= 0.9999
+
+
+def test_a_column_that_is_dead_or_a_row_does_not_spoil_the_rest():
+    w_TMM = gaussian(40, 8)
+    w_TMM[:20, 3] = w_TMM[20:, :, 5] = 0
+    share = kept(w_TMM, solved(w_TMM, Pattern(4, 8))) / most_by_scipy(w_TMM, Pattern(4, 8))
+    assert share.mean() >= 0.9999
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:16"])
@@ -200,11 +272,41 @@ def test_a_tile_depends_on_no_other_tile_and_no_other_kernel_position(pattern):
     assert torch.equal(transposable_mask(w_OSC[m : 2 * m, :, m:], pattern), mask_OSC[m : 2 * m, :, m:])
 
 
-def test_more_tiles_than_are_solved_at_once_are_solved_alike():
-    w_TMM = gaussian(1100, 16)  # 1024 tiles of 16 x 16 x 16 are one chunk
-    whole = solved(w_TMM, Pattern(8, 16))
-    assert torch.equal(whole[:40], solved(w_TMM[:40], Pattern(8, 16)))
-    assert torch.equal(whole[1000:], solved(w_TMM[1000:], Pattern(8, 16)))
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:8", "1:16"])
+@pytest.mark.parametrize("at_once", [1, 7, 40])
+def test_how_many_tiles_are_solved_at_once_changes_no_mask(pattern, at_once, monkeypatch):
+    pattern = Pattern.parse(pattern)
+    w_OSC = torch.randn(6 * pattern.m + 1, 3, 2 * pattern.m)
+    mask_OSC = transposable_mask(w_OSC, pattern)
+    assert transposable._TILES_ON_CPU > 36  # the whole tiles there are
+    monkeypatch.setattr(transposable, "_TILES_ON_CPU", at_once)
+    assert torch.equal(transposable_mask(w_OSC, pattern), mask_OSC)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees the most elements of any tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype != torch.bool:
+            shares_memory = any(isinstance(t, torch.Tensor) and t.data_ptr() == result.data_ptr() for t in args)
+            self.elements = max(self.elements, 0 if shares_memory else result.numel())
+        return result
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_a_larger_weight_takes_no_larger_temporaries(pattern, monkeypatch):
+    pattern = Pattern.parse(pattern)
+    monkeypatch.setattr(transposable, "_TILES_ON_CPU", 64)
+    largest = []
+    for outputs in (64, 256):
+        w_OSC = torch.randn(outputs, 3, 64)  # made outside, as it is whole
+        with LargestTensor() as seen:
+            transposable_mask(w_OSC, pattern)
+        largest.append(seen.elements)
+    assert largest[0] == largest[1] <= 64 * pattern.m**2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
