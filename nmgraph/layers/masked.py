@@ -25,7 +25,7 @@ from nmgraph.layers.input_gradient import split_forward
 from nmgraph.layers.kinds import is_layer
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods.contract import Operand
-from nmgraph.nm.grouping import canonical, restore
+from nmgraph.nm.grouping import canonical, in_memory_order, memory_order, out_of_memory_order, restore
 
 PREFIX = "nm_"
 
@@ -230,7 +230,10 @@ class Masked(nn.Module):
             self._buffers.update(own)
         for name, before in own.items():
             assert before is not None
-            after = fn(before.flatten()).reshape(before.shape)  # a memory format is about weights
+            order = memory_order(before)
+            laid = in_memory_order(before, order)
+            # Flat, as a memory format is about weights.
+            after = out_of_memory_order(fn(laid.flatten()).reshape(laid.shape), order)
             # So are model.half() and .to(bfloat16); scores and averages would drown in so few bits.
             self._buffers[name] = after if after.dtype == before.dtype else before.to(device=after.device)
         for note in self.nm_notes.values():
@@ -308,14 +311,23 @@ def sparsify(layer: nn.Module, key: str, site: str, recipe: Recipe, training: Tr
 
 
 def _initial_state(raw: Tensor, recipe: Recipe) -> Any:
+    w_OSC = canonical(raw, recipe.reduction_axis)
     try:
-        return recipe.method.init(canonical(raw, recipe.reduction_axis), recipe.pattern)
+        state = recipe.method.init(w_OSC, recipe.pattern)
     except NotImplementedError:
         if not raw.is_meta:
             raise
         # This method looks at values, which a weight on the meta device has not.
         zeros = torch.zeros_like(raw, device="cpu")
-        return recipe.method.init(canonical(zeros, recipe.reduction_axis), recipe.pattern)
+        state = recipe.method.init(canonical(zeros, recipe.reduction_axis), recipe.pattern)
+    return state._make(_laid_out_like(w_OSC, t) if t.shape == w_OSC.shape else t for t in state)
+
+
+def _laid_out_like(w_OSC: Tensor, t_OSC: Tensor) -> Tensor:
+    """Arrange in memory as the weight is, so that the two can be gone through together."""
+    if t_OSC.stride() == w_OSC.stride():
+        return t_OSC
+    return torch.empty_like(w_OSC, dtype=t_OSC.dtype, device=t_OSC.device).copy_(t_OSC)
 
 
 def follow(layer: nn.Module, key: str, leader: MaskedWeight) -> None:

@@ -149,7 +149,7 @@ class BAME(Method[BAMEState]):
     def init(self, w_OSC: Tensor, pattern: Pattern) -> BAMEState:
         rows, device = w_OSC.shape[0], w_OSC.device
         state = BAMEState(
-            mask=torch.ones(w_OSC.shape, dtype=torch.bool, device=device),
+            mask=torch.ones_like(w_OSC, dtype=torch.bool),
             keep=torch.tensor(pattern.m, device=device),
             oscillation=torch.zeros(blocks(w_OSC, pattern.m).shape[:-1], device=device),
             dense=torch.tensor(False, device=device),

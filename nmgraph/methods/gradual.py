@@ -86,7 +86,7 @@ class Gradual(Method[GradualState]):
         return kept_after(step, total_steps, (self.t_i, self.t_f), self.interval, pattern, self.curve)
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> GradualState:
-        everything = torch.ones(w_OSC.shape, dtype=torch.bool, device=w_OSC.device)
+        everything = torch.ones_like(w_OSC, dtype=torch.bool)
         state = GradualState(torch.tensor(pattern.m, device=w_OSC.device), everything)
         return self.conclude(w_OSC, state, pattern) if self.t_f == 0 else state
 

@@ -13,7 +13,7 @@ is not kept. What has to be kept is which combinations live: a bit each.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -27,12 +27,13 @@ from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_phase, check_range, cubic, ramp
 from nmgraph.nm.fused import top_n
 from nmgraph.nm.grouping import blocks
-from nmgraph.nm.packing import pack_bits, unpack_bits
+from nmgraph.nm.packing import pack_bits
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import masked
 
 MAX_BYTES_PER_WEIGHT = 16  # of living-combination bits; 8:16 would take 100
-_CHUNK_ELEMENTS = 1 << 23  # of the temporary [blocks, combinations, N], to bound its memory
+_CHUNK_ELEMENTS = 1 << 18  # of the scores that are there at a time, to bound their memory
+_FEW = 8  # combinations looked for one by one
 
 
 class LBCState(NamedTuple):
@@ -72,7 +73,7 @@ class LBC(Method[LBCState]):
     paper: ClassVar[str] = "Zhang et al., NeurIPS 2022"
     gradient: ClassVar[str] = "masked: only kept weights need one"
     state_cost: ClassVar[str] = "9 bytes per weight, a bit per combination"
-    time_cost: ClassVar[str] = "elementwise per step; a sort per removal"
+    time_cost: ClassVar[str] = "elementwise per step; all scores of all blocks are added up per removal"
     unattached: ClassVar[str] = "its masks do not move"
     state_type: ClassVar[type[tuple[Any, ...]]] = LBCState
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"criterion": ("score", "inverse", "magnitude", "gradient")}
@@ -120,7 +121,7 @@ class LBC(Method[LBCState]):
     def init(self, w_OSC: Tensor, pattern: Pattern) -> LBCState:
         everyone_B = pack_bits(torch.ones(pattern.combinations, dtype=torch.bool, device=w_OSC.device))
         alive_OSGB = everyone_B.repeat(*blocks(w_OSC, pattern.m).shape[:-1], 1)
-        zeros = torch.zeros(w_OSC.shape, dtype=torch.promote_types(w_OSC.dtype, torch.float32), device=w_OSC.device)
+        zeros = torch.zeros_like(w_OSC, dtype=torch.promote_types(w_OSC.dtype, torch.float32))
         return LBCState(alive_OSGB, zeros, zeros.clone(), torch.ones_like(zeros, dtype=torch.bool))
 
     def mask(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> Tensor:
@@ -155,30 +156,81 @@ class LBC(Method[LBCState]):
 
     def _remove(self, w_OSC: Tensor, state: LBCState, keep: int, pattern: Pattern) -> LBCState:
         """Leave the ``keep`` best of the living combinations of every block (Eq. 5)."""
-        members_CN, holds_CM = _members(pattern, state.alive.device)
+        members_CN, read_XC = _members(pattern, state.alive.device)
         alive_RB = state.alive.flatten(0, 2)
+        living = int(_unpacked(alive_RB[:1], pattern.combinations).sum())  # the same in all blocks
+        if keep >= living:
+            return state
         a_RM = blocks(state.accumulator, pattern.m).flatten(0, 2)
-        # A block whose scores never moved (a dead channel, a model that was not trained) knows only its weights.
         magnitude_RM = blocks(w_OSC.abs().to(a_RM.dtype), pattern.m).flatten(0, 2)
-        untrained_R1 = (a_RM == 0).all(-1, keepdim=True)
-        a_RM = torch.where(untrained_R1, magnitude_RM, -a_RM if self.criterion == "inverse" else a_RM)
-        rows = max(1, _CHUNK_ELEMENTS // members_CN.numel())
+        rows = max(1, _CHUNK_ELEMENTS // len(members_CN))
         kept_bits, masks = [], []
-        for bits_RB, chunk_RM in zip(torch.split(alive_RB, rows), torch.split(a_RM, rows), strict=True):
-            alive_RC = unpack_bits(bits_RB, pattern.combinations)
-            # A gather and a sum, not a matrix product: TF32 and autocast must not round a ranking.
-            scores_RC = chunk_RM[:, members_CN].sum(-1).masked_fill(~alive_RC, -torch.inf)
-            alive_RC = alive_RC & top_n(scores_RC, keep)
-            kept_bits.append(pack_bits(alive_RC))
-            masks.append(torch.stack([alive_RC[:, held].any(-1) for held in holds_CM.unbind(1)], -1))  # Eq. 8
+        chunks = (torch.split(t, rows) for t in (alive_RB, a_RM, magnitude_RM))
+        for bits_RB, own_RM, size_RM in zip(*chunks, strict=True):
+            # A block whose scores never moved (a dead channel, a model that was not trained) knows only its weights.
+            untrained_R1 = (own_RM == 0).all(-1, keepdim=True)
+            a_MR = torch.where(untrained_R1, size_RM, -own_RM if self.criterion == "inverse" else own_RM).T.contiguous()
+            alive_CR = _unpacked(bits_RB, pattern.combinations).to(a_MR.dtype)
+            # Sums one by one, not a matrix product: TF32 and autocast must not round a ranking.
+            scores_CR = a_MR.index_select(0, members_CN[:, 0])
+            for place in range(1, pattern.n):
+                scores_CR += a_MR.index_select(0, members_CN[:, place])
+            alive_CR = _leave_best(scores_CR, alive_CR, keep, living)
+            # Small whole numbers, which no product rounds: how many hold each weight (Eq. 8), and bytes of eight bits.
+            held_MR, bytes_BR = torch.split(read_XC.to(alive_CR.dtype) @ alive_CR, [pattern.m, bits_RB.shape[1]])
+            masks.append((held_MR > 0).T)
+            kept_bits.append(bytes_BR.to(torch.uint8).T)
         return state._replace(
             alive=torch.cat(kept_bits).reshape_as(state.alive), mask=torch.cat(masks).reshape_as(state.mask)
         )
 
 
+def _leave_best(scores_CR: Tensor, alive_CR: Tensor, keep: int, living: int) -> Tensor:
+    """Mark the ``keep`` highest of the living scores of every column, of equals the first ones; 0 or 1 in the scores' dtype.
+
+    Mostly very few go, and at last but one stays: those are looked for one by one, which no sort can beat.
+    """
+    places_C1 = torch.arange(len(scores_CR), dtype=scores_CR.dtype, device=scores_CR.device).unsqueeze(1)
+    if living - keep <= _FEW:
+        for place_1R in _lowest(scores_CR, alive_CR, living - keep, places_C1):
+            alive_CR.scatter_(0, place_1R, 0.0)
+        return alive_CR
+    best_CR = torch.zeros_like(alive_CR)
+    if keep <= _FEW:
+        for place_1R in _lowest(-scores_CR, alive_CR, keep, len(scores_CR) - 1 - places_C1):
+            best_CR.scatter_(0, len(scores_CR) - 1 - place_1R, 1.0)
+        return best_CR
+    return best_CR + top_n(torch.where(alive_CR > 0, scores_CR, -torch.inf), keep, dim=0)
+
+
+def _lowest(scores_CR: Tensor, alive_CR: Tensor, count: int, places_C1: Tensor) -> Iterator[Tensor]:
+    """Find the place of the lowest living score of every column, then of the next, of equals the highest place first."""
+    # Arithmetic alone: choosing by a condition is many times slower on the CPU. An infinity stands where not to look.
+    scores_CR = torch.maximum(scores_CR, (0.5 - alive_CR).mul_(torch.inf))
+    for _ in range(count):
+        equal_CR = scores_CR.clone().eq_(scores_CR.amin(0))
+        place_1R = equal_CR.mul_(places_C1).amax(0, keepdim=True).long()
+        yield place_1R
+        scores_CR.scatter_(0, place_1R, torch.inf)
+
+
+def _unpacked(bits_RB: Tensor, length: int) -> Tensor:
+    """Give a bit of each combination, uint8 ``[length, R]`` of 0 and 1, as :func:`nmgraph.nm.packing.unpack_bits` does."""
+    values_81 = (2 ** torch.arange(8, device=bits_RB.device)).to(torch.uint8).unsqueeze(1)
+    return (bits_RB.T.contiguous().unsqueeze(1) & values_81).ne_(0).flatten(0, 1)[:length]
+
+
 @lru_cache(maxsize=64)
 def _members(pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
-    """List all combinations: member indices int64 ``[C, N]`` and membership bool ``[C, M]``."""
+    """List all combinations.
+
+    Returns:
+        member indices int64 ``[C, N]``, and what to multiply living combinations with, float32 ``[M + B, C]``: to count
+        those that hold a weight, and to pack eight of them into a byte.
+    """
     members_CN = torch.tensor(list(combinations(range(pattern.m), pattern.n)), device=device)
-    holds_CM = torch.zeros(pattern.combinations, pattern.m, dtype=torch.bool, device=device)
-    return members_CN, holds_CM.scatter_(1, members_CN, True)
+    held_MC = torch.zeros(pattern.m, pattern.combinations, device=device).scatter_(0, members_CN.T, 1.0)
+    place_C = torch.arange(pattern.combinations, device=device)
+    bytes_BC = torch.zeros(-(-pattern.combinations // 8), pattern.combinations, device=device)
+    bytes_BC[place_C // 8, place_C] = (2.0 ** (place_C % 8)).float()
+    return members_CN, torch.cat((held_MC, bytes_BC))

@@ -9,30 +9,21 @@ such a function and computes it in either of two ways, with the same result to t
   stores. No mask, no order and no copy of another layout is ever written.
 
 Compiling takes seconds, so a function is compiled once it has sorted enough for that to pay, and never for small
-tensors, tracers or devices other than CPU and CUDA. The environment variable ``NMGRAPH_COMPILE`` says otherwise:
-``never``, or ``always``, from the first call on. Without a compiler, sorting goes on.
+tensors (:mod:`nmgraph.compilation`).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import threading
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from types import FunctionType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmgraph.errors import NMGraphError, first_line
-from nmgraph.nm.grouping import in_memory_order, memory_order
-
-SWITCH = "NMGRAPH_COMPILE"
-MODES = ("auto", "always", "never")
+from nmgraph.compilation import compiled, give_up, is_plain, may_compile
+from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_order
 
 _PAYS = 1 << 30  # weights sorted for one kind of block until compiling costs less than going on, some ten seconds
 _SMALL = 1 << 13  # weights below which the calls around a kernel cost more than sorting
@@ -99,7 +90,7 @@ class Blockwise:
         laid = [in_memory_order(t.detach(), order) if t.dim() else t.detach() for t in tensors]
         apart = math.prod(laid[0].shape[order.index(dim % first.dim()) + 1 :])  # of two neighbours in a block
         found = self._compared(m, keep, apart, laid) if self._compiles(m, laid) else self._ranked(m, keep, apart, laid)
-        return found.view(laid[0].shape).permute([order.index(axis) for axis in range(first.dim())])
+        return out_of_memory_order(found.view(laid[0].shape), order)
 
     def _ranked(self, m: int, keep: int | Tensor, apart: int, laid: list[Tensor]) -> Tensor:
         """Compute it by sorting."""
@@ -116,14 +107,11 @@ class Blockwise:
 
     def _compiles(self, m: int, tensors: list[Tensor]) -> bool:
         """Decide which way to go."""
-        mode = _mode()
-        if mode == "never" or not _usual(tensors):
+        if tensors[0].numel() < _SMALL or not is_plain(*tensors):
             return False
         with _lock:
             weights = self._sorted[m] = self._sorted.get(m, 0) + tensors[0].numel()
-        if mode == "auto" and weights < _PAYS:
-            return False
-        return tensors[0].device.type not in _given_up
+        return may_compile(tensors[0].device.type, pays=weights >= _PAYS)
 
     def _compared(self, m: int, keep: int | Tensor, apart: int, laid: list[Tensor]) -> Tensor:
         """Compute it by comparing, compiled; by sorting if that fails."""
@@ -137,7 +125,7 @@ class Blockwise:
             with torch.no_grad(), torch.autocast(found.device.type, enabled=False):
                 self._compare(m, keep, apart, flat, found, table, row)
         except Exception as error:  # whatever a compiler may lack; sorting needs none
-            _give_up(found.device.type, error)
+            give_up(found.device.type, error)
             return self._ranked(m, keep, apart, laid)
         return found.view(torch.bool) if self._value is None else found
 
@@ -157,7 +145,7 @@ class Blockwise:
     def _kernel(self, m: int) -> Callable[..., None]:
         with _lock:
             if m not in self._kernels:
-                self._kernels[m] = _compile(_comparing(m, self._score, self._value))
+                self._kernels[m] = compiled(_comparing(m, self._score, self._value))
             return self._kernels[m]
 
 
@@ -192,18 +180,6 @@ def _comparing(m: int, score: Callable[..., Tensor], value: Callable[..., Tensor
     return kernel
 
 
-def _compile(kernel: Callable[..., None]) -> Callable[..., None]:
-    # Dynamo counts recompilations by code object, and all kernels would share one.
-    own: Any = kernel
-    code = own.__code__.replace(co_name=f"blockwise_{next(_numbers)}")
-    renamed = FunctionType(code, own.__globals__, code.co_name, own.__defaults__, own.__closure__)
-    compiled: Callable[..., None] = torch.compile(renamed, dynamic=True, fullgraph=True)
-    return compiled
-
-
-_numbers = itertools.count()
-
-
 @lru_cache(maxsize=64)
 def _count(keep: int, device: str) -> Tensor:
     # A tensor, so that one kernel serves counts that are known and counts that are state.
@@ -231,39 +207,3 @@ def _apart_in_row(m: int, apart: int, device: str) -> tuple[Tensor, int]:
 def _edges(flat: Tensor, row: int, last: int) -> Tensor:
     """Put the first row and what is left from ``last`` on side by side, five rows with what surrounds them."""
     return torch.cat([flat[:row], flat[:row], flat[last:], flat[: 3 * row - (len(flat) - last)]])
-
-
-def _usual(tensors: list[Tensor]) -> bool:
-    """Tell whether these are plain tensors with memory, and nothing looks on that a kernel would pass by."""
-    first = tensors[0]
-    return (
-        first.numel() >= _SMALL
-        and first.device.type in ("cpu", "cuda")
-        and all(type(t) is Tensor for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch.is_inference_mode_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
-def _mode() -> str:
-    mode = os.environ.get(SWITCH, "auto")
-    if mode not in MODES:
-        raise NMGraphError(f"{SWITCH}={mode} is none of {', '.join(MODES)}.")
-    return mode
-
-
-_given_up: set[str] = set()
-
-
-def _give_up(device: str, error: Exception) -> None:
-    if device not in _given_up:
-        _given_up.add(device)
-        cause = getattr(error, "inner_exception", error)
-        warnings.warn(
-            f"masks are made by sorting, which is slower, as torch.compile failed on {device}: {first_line(cause)}. "
-            f"{SWITCH}=never does not try it.",
-            stacklevel=2,
-        )

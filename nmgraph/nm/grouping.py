@@ -91,6 +91,19 @@ def in_memory_order(t: Tensor, order: list[int]) -> Tensor:
     return t.permute(order).contiguous()
 
 
+def out_of_memory_order(laid: Tensor, order: list[int]) -> Tensor:
+    """Undo :func:`in_memory_order`, as a view.
+
+    >>> import torch
+    >>> w_OSC = canonical(torch.randn(8, 4, 3, 3))
+    >>> order = memory_order(w_OSC)
+    >>> back = out_of_memory_order(in_memory_order(w_OSC, order), order)
+    >>> torch.equal(back, w_OSC), back.stride() == w_OSC.stride()
+    (True, True)
+    """
+    return laid.permute([order.index(axis) for axis in range(laid.dim())])
+
+
 def blocks(t_OSC: Tensor, m: int) -> Tensor:
     """Split the reduction axis into blocks: ``[O, S, C] -> [O, S, G, M]``."""
     return t_OSC.reshape(*t_OSC.shape[:-1], -1, m)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nmgraph.nm.fused import Blockwise
-from nmgraph.nm.grouping import in_memory_order, memory_order
+from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_order
 from nmgraph.nm.masks import LARGEST
 from nmgraph.nm.pattern import Pattern
 
@@ -63,7 +63,7 @@ def column_sparse(
         pattern.m, pattern.n if keep is None else keep, *permuted, dim=rows
     )
     found = kept.index_select(rows, permutation_O.argsort())
-    return found.permute([order.index(axis) for axis in range(3)])
+    return out_of_memory_order(found, order)
 
 
 def eligible_blocks(mask_OSC: Tensor, permutation_O: Tensor, pattern: Pattern) -> int:

@@ -61,7 +61,7 @@ def test_a_removed_combination_never_comes_back(text):
 @pytest.mark.parametrize("text", PATTERNS)
 def test_the_mask_holds_the_members_of_living_combinations(text):
     pattern = Pattern.parse(text)
-    holds_CM = lbc._members(pattern, torch.device("cpu"))[1]
+    holds_CM = lbc._members(pattern, torch.device("cpu"))[1][: pattern.m].T.bool()
     for state in run(LBC(), pattern, 12):
         held = (alive(state, pattern).unsqueeze(-1) & holds_CM).any(-2)
         assert torch.equal(blocks(state.mask, pattern.m), held)

@@ -6,10 +6,12 @@ import warnings
 import pytest
 import torch
 
+from nmgraph import compilation
+from nmgraph.compilation import SWITCH
 from nmgraph.errors import NMGraphError
 from nmgraph.methods.srste import refined, refined_by_magnitude
 from nmgraph.nm import fused
-from nmgraph.nm.fused import SWITCH, Blockwise
+from nmgraph.nm.fused import Blockwise
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import largest, magnitude_mask, prune_further
 from nmgraph.nm.pattern import Pattern
@@ -133,7 +135,7 @@ def test_only_what_has_sorted_much_is_compiled(monkeypatch):
     monkeypatch.delenv(SWITCH, raising=False)
     function, w = Blockwise(torch.abs), torch.randn(128, 1, 128)
     compiled = []
-    monkeypatch.setattr(fused, "_compile", lambda kernel: compiled.append(kernel) or kernel)
+    monkeypatch.setattr(fused, "compiled", lambda kernel: compiled.append(kernel) or kernel)
     found = [function(4, 2, w) for _ in range(3)]
     assert len(compiled) == 1
     assert torch.equal(found[0], found[2])
@@ -149,8 +151,8 @@ def test_without_a_compiler_sorting_goes_on_and_one_warning_says_so(monkeypatch)
         raise RuntimeError("no C++ compiler\nand a long trace")
 
     monkeypatch.setenv(SWITCH, "always")
-    monkeypatch.setattr(fused, "_compile", fails)
-    monkeypatch.setattr(fused, "_given_up", set())
+    monkeypatch.setattr(fused, "compiled", fails)
+    monkeypatch.setattr(compilation, "_given_up", set())
     function, w = Blockwise(torch.abs), torch.randn(128, 1, 128)
     with pytest.warns(UserWarning, match="torch.compile failed on cpu: no C\\+\\+ compiler. NMGRAPH_COMPILE=never"):
         found = function(4, 2, w)
@@ -163,12 +165,12 @@ def test_without_a_compiler_sorting_goes_on_and_one_warning_says_so(monkeypatch)
 def test_an_unknown_mode_is_refused_by_name(monkeypatch):
     monkeypatch.setenv(SWITCH, "off")
     with pytest.raises(NMGraphError, match="NMGRAPH_COMPILE=off is none of auto, always, never"):
-        magnitude_mask(torch.randn(2, 1, 8), Pattern(2, 4))
+        magnitude_mask(torch.randn(64, 1, 256), Pattern(2, 4))
 
 
 def test_tracers_and_transforms_see_the_sorting_way(monkeypatch):
     monkeypatch.setenv(SWITCH, "always")
-    monkeypatch.setattr(fused, "_compile", lambda kernel: pytest.fail("compiled under a transform"))
+    monkeypatch.setattr(fused, "compiled", lambda kernel: pytest.fail("compiled under a transform"))
     w = torch.randn(3, 64, 1, 256)
     batched = torch.func.vmap(lambda one: largest(one, Pattern(2, 4)))(w)
     assert torch.equal(

@@ -1,0 +1,73 @@
+"""When ``torch.compile`` is used, and what happens where it cannot be.
+
+What is compiled can always be computed without, with the same result; compiling it takes seconds, and pays where that
+much work is done. The environment variable ``NMGRAPH_COMPILE`` is ``auto`` for that, ``always`` to compile from the
+first call on, or ``never``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmgraph.errors import NMGraphError, first_line
+
+SWITCH = "NMGRAPH_COMPILE"
+MODES = ("auto", "always", "never")
+
+_numbers = itertools.count()
+_given_up: set[str] = set()
+
+
+def may_compile(device: str, *, pays: bool) -> bool:
+    """Tell whether to compile for a device; ``pays`` decides unless the user has.
+
+    Raises:
+        NMGraphError: if the environment variable has none of the known values.
+    """
+    mode = os.environ.get(SWITCH, "auto")
+    if mode not in MODES:
+        raise NMGraphError(f"{SWITCH}={mode} is none of {', '.join(MODES)}.")
+    return device not in _given_up and (mode == "always" or (mode == "auto" and pays))
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Tell whether these are tensors with memory, and nothing looks on that a kernel would pass by."""
+    return (
+        tensors[0].device.type in ("cpu", "cuda")
+        and all(type(t) is Tensor for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.is_inference_mode_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a function on its first call, once for all sizes."""
+    # Dynamo counts recompilations by code object, which all closures of one function would share.
+    own: Any = function
+    code = own.__code__.replace(co_name=f"{own.__name__}_{next(_numbers)}")
+    renamed = FunctionType(code, own.__globals__, code.co_name, own.__defaults__, own.__closure__)
+    made: Callable[..., None] = torch.compile(renamed, dynamic=True, fullgraph=True)
+    return made
+
+
+def give_up(device: str, error: Exception) -> None:
+    """Compile no more for a device in this process, and say why, once."""
+    if device not in _given_up:
+        _given_up.add(device)
+        cause = getattr(error, "inner_exception", error)
+        warnings.warn(
+            f"masks are made by sorting, which is slower, as torch.compile failed on {device}: {first_line(cause)}. "
+            f"{SWITCH}=never does not try it.",
+            stacklevel=2,
+        )
