@@ -2,8 +2,8 @@
 
     python benchmarks/row_permutation.py --json benchmarks/results/row_permutation.json
 
-The layers are ResNet-50's convolutions but the first, with magnitude masks of newly initialised weights. The baseline
-scores random permutations as published code does (`baselines_permutation.py`), from the same draws, and has to choose
+The layers are ResNet-50's convolutions but the first, with magnitude masks of Gaussian weights. The baseline
+scores random permutations as published code does (`baselines.py`), from the same draws, and has to choose
 the same ones. It and ours take turns in one run, layer by layer; seconds are sums over the layers, and the figures
 medians of the rounds, wall-clock and of the processor. Ratio = baseline's time / own time.
 
@@ -16,14 +16,14 @@ the overlaps of every row with M - 1 others, and at best those are the M - 1 it 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import baselines_permutation
+import baselines
 import record
+import shapes
 import torch
-import torchvision
 
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import magnitude_mask
@@ -35,16 +35,10 @@ PATTERNS = ("2:4", "1:4", "1:16")
 WAYS = ("baseline", "random", "swap")
 
 
-def weights(quick: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def weights(quick: bool) -> list[torch.Tensor]:
     """Give the weights as ``w_OSC``."""
     torch.manual_seed(SEED)
-    convolutions = [
-        (name, module)
-        for name, module in torchvision.models.resnet50().named_modules()
-        if isinstance(module, torch.nn.Conv2d) and name != "conv1"
-    ]
-    for name, module in convolutions[:: 8 if quick else 1]:
-        yield name, canonical(module.weight.detach())
+    return [canonical(w) for w in shapes.resnet50()[:: 8 if quick else 1]]
 
 
 def timed(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float, float]:
@@ -76,7 +70,7 @@ def measure_layer(
         return torch.Generator().manual_seed(SEED)
 
     work = {
-        "baseline": lambda: baselines_permutation.best_permutation(masked_OK, pattern, candidates, objective, draws()),
+        "baseline": lambda: baselines.best_permutation(masked_OK, pattern, candidates, objective, draws()),
         "random": lambda: best_permutation(mask, pattern, candidates, objective, draws()),
         "swap": lambda: swap_rows(mask, identity, pattern, candidates, objective, draws()),
     }
@@ -88,13 +82,13 @@ def measure_layer(
 
 
 def measure(pattern: Pattern, objective: str, candidates: int, rounds: int, quick: bool) -> dict[str, Any]:
-    layers = list(weights(quick))
-    measure_layer(layers[0][1], pattern, objective, candidates)  # warms up
-    runs = [[measure_layer(w, pattern, objective, candidates) for _, w in layers] for _ in range(rounds)]
-    bounds = [most_kept(magnitude_mask(w, pattern), pattern) for _, w in layers]
+    layers = weights(quick)
+    measure_layer(layers[0], pattern, objective, candidates)  # warms up
+    runs = [[measure_layer(w, pattern, objective, candidates) for w in layers] for _ in range(rounds)]
+    bounds = [most_kept(magnitude_mask(w, pattern), pattern) for w in layers]
     kept = [
-        {"layer": name, "shape_OSC": list(w.shape), **counts, "bound": bound}
-        for (name, w), (counts, _), bound in zip(layers, runs[0], bounds, strict=True)
+        {"shape_OSC": list(w.shape), **counts, "bound": bound}
+        for w, (counts, _), bound in zip(layers, runs[0], bounds, strict=True)
     ]
     assert all(layer["swap"] <= layer["bound"] for layer in kept)
     seconds = {way: [[sum(times[way][clock] for _, times in run) for run in runs] for clock in (0, 1)] for way in WAYS}

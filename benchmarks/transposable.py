@@ -4,7 +4,7 @@
 
 Own: all 52 prunable convolutions (23.4 million weights; the first convolution and the classifier stay dense), median
 of several rounds. Baselines: the paper's min-cost flow and 2-approximation, tile by tile, written in
-`baselines_transposable.py`, timed on some tiles in turns with our own rounds, and multiplied up to all tiles. Ratio =
+`baselines.py`, timed on some tiles in turns with our own rounds, and multiplied up to all tiles. Ratio =
 own time / time of the baseline. Shares are of the exact sum, mean and worst tile, over the same tiles: Gaussian ones, and
 heavy-tailed ones as trained weights are (Student's t with 3 degrees of freedom).
 
@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import baselines_transposable as baselines
+import baselines
 import record
+import shapes
 import torch
 
 from nmgraph.nm.grouping import canonical
@@ -32,18 +33,6 @@ KINDS: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
     "gaussian": lambda shape: torch.randn(shape),
     "student_t_3": lambda shape: torch.distributions.StudentT(3.0).sample(shape),
 }
-
-
-def resnet50() -> list[torch.Tensor]:
-    """Give weights of the shapes of ResNet-50's convolutions, without the first."""
-    weights, inputs = [], 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            shapes += [(4 * width, inputs, 1, 1)] if block == 0 else []
-            weights += [torch.randn(shape) for shape in shapes]
-            inputs = 4 * width
-    return weights
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
@@ -62,7 +51,7 @@ def shares(w_TMM: torch.Tensor, pattern: Pattern) -> dict[str, float]:
     """Give the kept share of the exact sum, and the 2-approximation's share of places that it fills."""
     w_TMM = w_TMM.abs().double()
     tiles = w_TMM.numpy()
-    best = (tiles * baselines.exact(tiles, pattern)).sum((1, 2))
+    best = (tiles * baselines.exact_transposable(tiles, pattern)).sum((1, 2))
     own = (tiles * own_masks(w_TMM, pattern).numpy()).sum((1, 2)) / best
     mask = baselines.two_approximation(tiles, pattern)
     published = (tiles * mask).sum((1, 2)) / best
@@ -84,7 +73,7 @@ def measure(weights: list[torch.Tensor], pattern: Pattern, sample: int, rounds: 
     work = {
         "own": (1, lambda: [transposable_mask(w_OSC, pattern) for w_OSC in views]),
         "two_approximation": (total / len(part), lambda: baselines.two_approximation(part, pattern)),
-        "exact": (total / len(part), lambda: baselines.exact(part, pattern)),
+        "exact": (total / len(part), lambda: baselines.exact_transposable(part, pattern)),
     }
     taken = [{name: timed(each) for name, (_, each) in work.items()} for _ in range(rounds + 1)][1:]  # first warms up
     wall = {name: times * statistics.median(t[name][0] for t in taken) for name, (times, _) in work.items()}
@@ -117,7 +106,7 @@ def main() -> None:
         patterns, sample, rounds = ("2:4", "4:8", "1:16"), 50, 3
 
     torch.manual_seed(SEED)
-    weights = resnet50()
+    weights = shapes.resnet50()
     print(f"{'':<6}{'exact':>11}{'2-approx.':>11}{'own':>9}{'own, cpu':>9}{'ratio to exact, 2-approx.':>27}", end="")
     print(f"   {'own share: Gaussian':>20}{'heavy-tailed':>17}{'2-approx.':>11}")
     results = []

@@ -67,7 +67,7 @@ def give_up(device: str, error: Exception) -> None:
         _given_up.add(device)
         cause = getattr(error, "inner_exception", error)
         warnings.warn(
-            f"masks are made by sorting, which is slower, as torch.compile failed on {device}: {first_line(cause)}. "
+            f"masks are made without compiled code, which is slower, as torch.compile failed on {device}: {first_line(cause)}. "
             f"{SWITCH}=never does not try it.",
             stacklevel=2,
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_phase, check_range, kept_count, ramp
-from nmgraph.nm.fused import Blockwise
+from nmgraph.nm.fused import Blockwise, zero_outside
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import largest_straight_through
@@ -27,7 +27,7 @@ from nmgraph.nm.straight_through import largest_straight_through
 def refined(grad_OSC: Tensor, w_OSC: Tensor, mask_OSC: Tensor, decay: float) -> Tensor:
     """Add SR-STE's decay of the masked weights to a gradient (Eq. 9): ``G + λ (1 - B) W``; rounded once."""
     wide = torch.promote_types(grad_OSC.dtype, torch.float32)
-    return (grad_OSC.to(wide) + decay * torch.where(mask_OSC, 0.0, w_OSC.to(wide))).to(grad_OSC.dtype)
+    return (grad_OSC.to(wide) + decay * zero_outside(~mask_OSC, w_OSC.to(wide))).to(grad_OSC.dtype)
 
 
 def refined_by_magnitude(

@@ -1,15 +1,15 @@
 """Functions of every block's N best, computed in one pass over memory.
 
 What is done with a mask is mostly elementwise: the weight or zero, a decay of what it drops. :class:`Blockwise` takes
-such a function and computes it in either of two ways, with the same result to the bit:
+such a function and computes it in one of three ways, with the same result to the bit:
 
-- by *sorting*: what the mask is defined by, anywhere, on any tensor;
-- by *comparing*, compiled by ``torch.compile``: a weight is kept if fewer than N of its block beat it, and its block's
-  other members lie at fixed distances in memory, so that one loop over contiguous memory loads, compares, counts and
-  stores. No mask, no order and no copy of another layout is ever written.
+- by *sorting*: what the mask is defined by, on any tensor;
+- by *comparing*, of large ones on the CPU: a weight is kept if fewer than N of its block beat it. Chunks that fit a processor's cache are laid out
+  so that every comparison is one of long rows;
+- by comparing, *compiled* by ``torch.compile``: a block's other members lie at fixed distances in memory, so that one
+  loop over contiguous memory loads, compares, counts and stores. No mask, no order and no other layout is written.
 
-Compiling takes seconds, so a function is compiled once it has sorted enough for that to pay, and never for small
-tensors (:mod:`nmgraph.compilation`).
+Compiling takes seconds, so a function is compiled once it has done enough for that to pay (:mod:`nmgraph.compilation`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from torch import Tensor
 from nmgraph.compilation import compiled, give_up, is_plain, may_compile
 from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_order
 
-_PAYS = 1 << 30  # weights sorted for one kind of block until compiling costs less than going on, some ten seconds
-_SMALL = 1 << 13  # weights below which the calls around a kernel cost more than sorting
-_ROW = 512  # weights that an inner loop runs over, at least
-_CHUNK = 1 << 24  # weights sorted at a time, to bound the memory of their order
+_PAYS = 1 << 30  # weights done for one kind of block until compiling costs less than going on, some ten seconds
+_SMALL = 1 << 13  # weights below which the calls cost more than sorting; times M if not compiled
+_ROW = 512  # weights that a compiled loop runs over, at least
+_COPIED = 1 << 18  # weights below which a second call costs more than a copy
+_CHUNK = 1 << 18  # weights compared at a time on the CPU, to stay in its cache
+_MANY = 1 << 24  # weights at a time elsewhere, to bound memory
 
 _lock = threading.Lock()
 
@@ -58,6 +60,18 @@ def top_n(scores: Tensor, n: int | Tensor, dim: int = -1) -> Tensor:
     return marked.scatter(dim, order, wanted.expand_as(scores))
 
 
+def zero_outside(mask: Tensor, t: Tensor) -> Tensor:
+    """Give ``t`` where the mask holds, else 0, whatever stands there; without a gradient."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or not is_plain(mask, t):
+        return torch.where(mask, t, torch.zeros((), dtype=t.dtype, device=t.device))
+    # All bits, or none: on the CPU six times as fast as to choose.
+    bits = torch.bitwise_and(t.view(_BITS[t.element_size()]), mask.view(torch.int8).neg())
+    return bits.view(t.dtype)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class Blockwise:
     """An elementwise function of tensors and of which of their elements are among the best of their block.
 
@@ -70,7 +84,7 @@ class Blockwise:
 
     def __init__(self, score: Callable[..., Tensor], value: Callable[..., Tensor] | None = None) -> None:
         self._score, self._value = score, value
-        self._sorted: dict[int, int] = {}  # by M: weights so far
+        self._done: dict[int, int] = {}  # by M: weights so far
         self._kernels: dict[int, Callable[..., None]] = {}
 
     def __call__(self, m: int, keep: int | Tensor, *tensors: Tensor, dim: int = -1) -> Tensor:
@@ -79,7 +93,7 @@ class Blockwise:
         Args:
             m: length of a block; must divide the axis.
             keep: how many are the best, ``0 <= keep <= m``; a 0-d integer tensor is never read on the host.
-            tensors: all of one shape, or 0-d.
+            tensors: all of one shape.
             dim: the axis that is cut into blocks.
 
         Returns:
@@ -87,66 +101,86 @@ class Blockwise:
         """
         first = tensors[0]
         order = memory_order(first)
-        laid = [in_memory_order(t.detach(), order) if t.dim() else t.detach() for t in tensors]
+        laid = [in_memory_order(t.detach(), order) for t in tensors]
         apart = math.prod(laid[0].shape[order.index(dim % first.dim()) + 1 :])  # of two neighbours in a block
-        found = self._compared(m, keep, apart, laid) if self._compiles(m, laid) else self._ranked(m, keep, apart, laid)
+        found, plain = None, is_plain(*laid)
+        if plain and first.numel() >= _SMALL and self._compiles(m, laid):
+            try:
+                with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+                    found = self._compiled(m, keep, apart, laid)
+            except Exception as error:  # whatever a compiler may lack; the other ways need none
+                give_up(first.device.type, error)
+        if found is None:
+            found = self._in_chunks(m, keep, apart, laid, plain)
         return out_of_memory_order(found.view(laid[0].shape), order)
 
-    def _ranked(self, m: int, keep: int | Tensor, apart: int, laid: list[Tensor]) -> Tensor:
-        """Compute it by sorting."""
-        cut = [t.view(-1, m, apart) if t.dim() else t for t in laid]
-        blocks = max(1, _CHUNK // (m * apart))
-        chunks = [[t[start : start + blocks] if t.dim() else t for t in cut] for start in range(0, len(cut[0]), blocks)]
-        found = [self._rank(keep, chunk) for chunk in chunks]
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _rank(self, keep: int | Tensor, tensors: list[Tensor]) -> Tensor:
-        score = self._score(*tensors)
-        kept = top_n(score, keep, dim=1) | score.isnan()
-        return kept if self._value is None else self._value(kept, *tensors)
-
     def _compiles(self, m: int, tensors: list[Tensor]) -> bool:
-        """Decide which way to go."""
-        if tensors[0].numel() < _SMALL or not is_plain(*tensors):
-            return False
+        """Decide whether to go the compiled way."""
         with _lock:
-            weights = self._sorted[m] = self._sorted.get(m, 0) + tensors[0].numel()
+            weights = self._done[m] = self._done.get(m, 0) + tensors[0].numel()
         return may_compile(tensors[0].device.type, pays=weights >= _PAYS)
 
-    def _compared(self, m: int, keep: int | Tensor, apart: int, laid: list[Tensor]) -> Tensor:
-        """Compute it by comparing, compiled; by sorting if that fails."""
-        flat = [t.view(-1) if t.dim() else t for t in laid]
-        dtype = torch.uint8 if self._value is None else laid[0].dtype
-        found = torch.empty_like(flat[0], dtype=dtype)
-        table, row = _apart_in_row(m, apart, str(found.device))
-        if found.numel() < 4 * row:
-            return self._ranked(m, keep, apart, laid)
-        try:
-            with torch.no_grad(), torch.autocast(found.device.type, enabled=False):
-                self._compare(m, keep, apart, flat, found, table, row)
-        except Exception as error:  # whatever a compiler may lack; sorting needs none
-            give_up(found.device.type, error)
-            return self._ranked(m, keep, apart, laid)
-        return found.view(torch.bool) if self._value is None else found
+    def _in_chunks(self, m: int, keep: int | Tensor, apart: int, laid: list[Tensor], plain: bool) -> Tensor:
+        """Compute it by comparing; by sorting of few weights, on other devices, and of what is no plain tensor."""
+        cut = [t.view(-1, m, apart) for t in laid]
+        compares = plain and laid[0].device.type == "cpu" and laid[0].numel() >= _SMALL * m
+        chunk = max(1, (_CHUNK if compares else _MANY) // (m * apart))
+        found = []
+        for start in range(0, len(cut[0]), chunk):
+            own = [t[start : start + chunk] for t in cut]
+            scores = self._score(*own)
+            # With a NaN no comparison holds; sorting is what says which come first then.
+            by_comparing = compares and not bool(scores.amax().isnan())
+            kept = _best_of_planes(scores, keep) if by_comparing else top_n(scores, keep, dim=1) | scores.isnan()
+            found.append(kept if self._value is None else self._value(kept, *own))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _compare(
-        self, m: int, keep: int | Tensor, apart: int, flat: list[Tensor], found: Tensor, table: Tensor, row: int
-    ) -> None:
-        kernel, cut = self._kernel(m), (table.shape[1], row // table.shape[1])
-        keep = _count(keep, str(found.device)) if isinstance(keep, int) else keep
-        # The kernel looks a row back and a row ahead. What it sees there does not count, but must be memory.
-        last = found.numel() // row * row - row
-        kernel(found[row:last].view(-1, *cut), table, keep, apart + _NOT_BAKED_IN, *flat)
-        edges = [_edges(t, row, last) if t.dim() else t for t in flat]
-        at_edges = torch.empty(3 * row, dtype=found.dtype, device=found.device)
-        kernel(at_edges.view(-1, *cut), table, keep, apart + _NOT_BAKED_IN, *edges)
-        found[:row], found[last:] = at_edges[:row], at_edges[row : row + len(found) - last]
+    def _compiled(self, m: int, keep: int | Tensor, apart: int, laid: list[Tensor]) -> Tensor:
+        """Compute it by comparing, in one compiled loop."""
+        kernel, flat = self._kernel(m), [t.view(-1) for t in laid]
+        length, device = len(flat[0]), laid[0].device
+        dtype = torch.uint8 if self._value is None else laid[0].dtype
+        table, row = _table(m, apart, str(device))
+        about = table, _count(keep, str(device)) if isinstance(keep, int) else keep, apart + _NOT_BAKED_IN
+
+        def run(out: Tensor, *surrounded: Tensor) -> None:
+            # The kernel looks a row back and a row ahead. What it sees there does not count, but must be memory.
+            kernel(out.view(-1, table.shape[1], row // table.shape[1]), *about, *surrounded)
+
+        if length < _COPIED or length < 4 * row:
+            whole = -(-length // row) * row
+            found = torch.empty(whole, dtype=dtype, device=device)
+            run(found, *(torch.cat([t[:row], t, t.new_zeros(whole - length + row)]) for t in flat))
+            found = found[:length]
+        else:
+            found, last = torch.empty(length, dtype=dtype, device=device), length // row * row - row
+            run(found[row:last], *flat)
+            edges = [torch.cat([t[:row], t[:row], t[last:], t[: 3 * row - (length - last)]]) for t in flat]
+            at_edges = torch.empty(3 * row, dtype=dtype, device=device)
+            run(at_edges, *edges)
+            found[:row], found[last:] = at_edges[:row], at_edges[row : row + length - last]
+        return found.view(torch.bool) if self._value is None else found
 
     def _kernel(self, m: int) -> Callable[..., None]:
         with _lock:
             if m not in self._kernels:
                 self._kernels[m] = compiled(_comparing(m, self._score, self._value))
             return self._kernels[m]
+
+
+def _best_of_planes(scores_KMS: Tensor, keep: int | Tensor) -> Tensor:
+    """Do :func:`top_n` along the blocks by comparing every two members; the scores must not be NaN."""
+    m = scores_KMS.shape[1]
+    planes = scores_KMS.transpose(0, 1).contiguous().flatten(1).unbind()
+    # Of two, either the earlier is at least as high or the later is higher: it wins unless the earlier does.
+    wins_ML = torch.arange(m, dtype=torch.int8, device=scores_KMS.device).unsqueeze(1).repeat(1, planes[0].numel())
+    for later in range(m):
+        for earlier in range(later):
+            won = torch.ge(planes[earlier], planes[later]).view(torch.int8)
+            wins_ML[earlier].add_(won)
+            wins_ML[later].sub_(won)
+    kept_ML = wins_ML > m - 1 - keep
+    return kept_ML.view(m, len(scores_KMS), -1).transpose(0, 1).contiguous()
 
 
 _NOT_BAKED_IN = 2  # added to a number: dynamo would compile anew for 0 and for 1
@@ -161,7 +195,7 @@ def _comparing(m: int, score: Callable[..., Tensor], value: Callable[..., Tensor
 
         def at(offset: int) -> list[Tensor]:
             start = a * b + offset
-            return [t[start : start + rows * a * b].view(rows, a, b) if t.dim() else t for t in flat]
+            return [t[start : start + rows * a * b].view(rows, a, b) for t in flat]
 
         own = at(0)
         scores = score(*own)
@@ -187,7 +221,7 @@ def _count(keep: int, device: str) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _apart_in_row(m: int, apart: int, device: str) -> tuple[Tensor, int]:
+def _table(m: int, apart: int, device: str) -> tuple[Tensor, int]:
     """Say how many weights a row has, and which members of a block are which distance apart in it.
 
     Returns:
@@ -202,8 +236,3 @@ def _apart_in_row(m: int, apart: int, device: str) -> tuple[Tensor, int]:
     there = [t for distance in range(1, m) for t in (place >= distance, place + distance < m)]
     table = torch.where(torch.stack(there), 0.0, math.nan).to(device)
     return table, period if long else length
-
-
-def _edges(flat: Tensor, row: int, last: int) -> Tensor:
-    """Put the first row and what is left from ``last`` on side by side, five rows with what surrounds them."""
-    return torch.cat([flat[:row], flat[:row], flat[last:], flat[: 3 * row - (len(flat) - last)]])

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmgraph.nm.fused import Blockwise, top_n
+from nmgraph.nm.fused import Blockwise, top_n, zero_outside
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.pattern import Pattern
 
 _by_magnitude = Blockwise(torch.abs)
 _by_magnitude_within = Blockwise(lambda w, mask: torch.where(mask, w.abs(), -1.0))
-LARGEST = Blockwise(torch.abs, lambda kept, w: torch.where(kept, w, 0.0))
+LARGEST = Blockwise(torch.abs, zero_outside)
 
 
 def magnitude_mask(w_OSC: Tensor, pattern: Pattern, keep: int | Tensor | None = None) -> Tensor:

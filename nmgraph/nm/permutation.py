@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nmgraph.nm.fused import Blockwise
+from nmgraph.nm.fused import Blockwise, zero_outside
 from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_order
 from nmgraph.nm.masks import LARGEST
 from nmgraph.nm.pattern import Pattern
@@ -29,7 +29,7 @@ _WORDS = 2**20  # of permuted masks at once: of fewer the calls cost most, more 
 
 _best = Blockwise(
     lambda w, scores: torch.where(w != 0, scores, -1.0).to(scores.dtype),
-    lambda kept, w, scores: torch.where(kept, w, 0.0),
+    lambda kept, w, scores: zero_outside(kept, w),
 )
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from nmgraph.compilation import is_plain
+from nmgraph.nm.fused import zero_outside
 from nmgraph.nm.masks import largest
 from nmgraph.nm.pattern import Pattern
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
@@ -27,8 +26,7 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        bits = torch.bitwise_and(weight.view(_BITS[weight.element_size()]), mask.view(torch.int8).neg())
-        return bits.view(weight.dtype)
+        return zero_outside(mask, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

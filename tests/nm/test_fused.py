@@ -31,26 +31,35 @@ SHAPES = {
 
 
 def weight(kind, dtype, seed=0):
-    """Make a weight with many equals, zeros, an infinity, and a NaN."""
+    """Make a weight with many equals, zeros and infinities, and with a NaN if the seed is 0."""
     shape, axis = SHAPES[kind]
     w = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).round() / 3
-    w.view(-1)[7], w.view(-1)[-2], w.view(-1)[w.numel() // 2] = math.inf, math.nan, -math.inf
+    w.view(-1)[7], w.view(-1)[w.numel() // 2] = math.inf, -math.inf
+    if seed == 0:
+        w.view(-1)[-2] = math.nan
     return canonical(w.to(dtype), axis)
 
 
-def both_ways(monkeypatch, function):
-    """Compute something by sorting, and compiled; fail if the compiler gave up."""
-    monkeypatch.setenv(SWITCH, "never")
-    by_sorting = function()
-    monkeypatch.setenv(SWITCH, "always")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="masks are made by sorting")
-        compiled = function()
-    return by_sorting, compiled
+def all_ways(monkeypatch, function):
+    """Compute something by sorting, by comparing, and compiled; fail if the compiler gave up."""
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("error", message="masks are made")
+        patch.setenv(SWITCH, "never")
+        patch.setattr(fused, "_SMALL", 1 << 40)
+        by_sorting = function()
+        patch.setattr(fused, "_SMALL", 0)
+        by_comparing = function()
+        patch.setenv(SWITCH, "always")
+        return by_sorting, by_comparing, function()
 
 
-def equal(a, b):
-    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+def equal(first, *others):
+    return all(
+        t.dtype == first.dtype
+        and t.stride() == first.stride()
+        and torch.equal(t.nan_to_num(9.0), first.nan_to_num(9.0))
+        for t in others
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,10 +77,11 @@ def equal(a, b):
 def test_compiled_masks_weights_and_gradients_are_the_sorted_ones_to_the_bit(pattern, dtype, monkeypatch):
     pattern = Pattern.parse(pattern)
     for kind in SHAPES:
-        w_OSC, grad_OSC = weight(kind, dtype), weight(kind, dtype, seed=1)
-        if w_OSC.shape[-1] % pattern.m == 0:
-            for what, function in functions(w_OSC, grad_OSC, pattern).items():
-                assert equal(*both_ways(monkeypatch, function)), (kind, what)
+        for seed in (0, 1):  # with a NaN, and without
+            w_OSC, grad_OSC = weight(kind, dtype, seed), weight(kind, dtype, seed=2)
+            if w_OSC.shape[-1] % pattern.m == 0:
+                for what, function in functions(w_OSC, grad_OSC, pattern).items():
+                    assert equal(*all_ways(monkeypatch, function)), (kind, what, seed)
 
 
 def functions(w_OSC, grad_OSC, pattern):
@@ -126,7 +136,7 @@ def test_a_nan_shows_and_leaves_its_block_no_more_than_n_others():
 def test_sorting_in_chunks_is_sorting_at_once(monkeypatch):
     w = torch.randn(40, 3, 32)
     at_once = magnitude_mask(w, Pattern(2, 4))
-    monkeypatch.setattr(fused, "_CHUNK", 64)
+    monkeypatch.setattr(fused, "_MANY", 64)
     assert torch.equal(magnitude_mask(w, Pattern(2, 4)), at_once)
 
 
@@ -145,7 +155,7 @@ def test_only_what_has_sorted_much_is_compiled(monkeypatch):
     assert len(compiled) == 1
 
 
-@pytest.mark.filterwarnings("ignore:masks are made by sorting")
+@pytest.mark.filterwarnings("ignore:masks are made without compiled code")
 def test_without_a_compiler_sorting_goes_on_and_one_warning_says_so(monkeypatch):
     def fails(kernel):
         raise RuntimeError("no C++ compiler\nand a long trace")
