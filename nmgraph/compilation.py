@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from types import FunctionType
@@ -23,6 +24,7 @@ SWITCH = "NMGRAPH_COMPILE"
 MODES = ("auto", "always", "never")
 
 _numbers = itertools.count()
+_lock = threading.Lock()
 _given_up: set[str] = set()
 
 
@@ -51,14 +53,43 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a function on its first call, once for all sizes."""
-    # Dynamo counts recompilations by code object, which all closures of one function would share.
-    own: Any = function
-    code = own.__code__.replace(co_name=f"{own.__name__}_{next(_numbers)}")
-    renamed = FunctionType(code, own.__globals__, code.co_name, own.__defaults__, own.__closure__)
-    made: Callable[..., None] = torch.compile(renamed, dynamic=True, fullgraph=True)
-    return made
+class Compiled:
+    """A function of tensors and numbers that writes into the first one, compiled once for all sizes.
+
+    Which dtypes, devices and sizes of 1 there are makes a version of its own; nothing else may.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        self._versions: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+    def __call__(self, *args: Any) -> None:
+        """Call it; the first call of a version takes seconds."""
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        key = tuple((t.dtype, t.device, *(size == 1 for size in t.shape)) for t in tensors)
+        version = self._versions.get(key)
+        if version is None:
+            with _lock, torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+                version = self._versions[key] = self._compile(args, tensors[0].device)
+        version(*args)
+
+    def _compile(self, args: tuple[Any, ...], device: torch.device) -> Callable[..., None]:
+        # Dynamo counts recompilations by code object, which all closures of one function would share.
+        own: Any = self._function
+        code = own.__code__.replace(co_name=f"{own.__name__}_{next(_numbers)}")
+        renamed = FunctionType(code, own.__globals__, code.co_name, own.__defaults__, own.__closure__)
+        lazy: Any = torch.compile(renamed, dynamic=True, fullgraph=True)
+        if device.type != "cpu" or not hasattr(lazy, "aot_compile"):
+            return lambda *args: _without_modes(lazy, args)
+        # Checking what the key has checked would take longer than most calls.
+        ready = lazy.aot_compile((args, {}))
+        ready.disable_guard_check()
+        return ready  # type: ignore[no-any-return]
+
+
+def _without_modes(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+        function(*args)
 
 
 def give_up(device: str, error: Exception) -> None:

@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nmgraph.compilation import compiled, give_up, is_plain, may_compile
+from nmgraph.compilation import Compiled, give_up, is_plain, may_compile
 from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_order
 
 _PAYS = 1 << 30  # weights done for one kind of block until compiling costs less than going on, some ten seconds
@@ -85,7 +85,7 @@ class Blockwise:
     def __init__(self, score: Callable[..., Tensor], value: Callable[..., Tensor] | None = None) -> None:
         self._score, self._value = score, value
         self._done: dict[int, int] = {}  # by M: weights so far
-        self._kernels: dict[int, Callable[..., None]] = {}
+        self._kernels: dict[int, Compiled] = {}
 
     def __call__(self, m: int, keep: int | Tensor, *tensors: Tensor, dim: int = -1) -> Tensor:
         """Compute it for blocks of ``m`` along ``dim``.
@@ -106,8 +106,7 @@ class Blockwise:
         found, plain = None, is_plain(*laid)
         if plain and first.numel() >= _SMALL and self._compiles(m, laid):
             try:
-                with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
-                    found = self._compiled(m, keep, apart, laid)
+                found = self._compiled(m, keep, apart, laid)
             except Exception as error:  # whatever a compiler may lack; the other ways need none
                 give_up(first.device.type, error)
         if found is None:
@@ -161,10 +160,10 @@ class Blockwise:
             found[:row], found[last:] = at_edges[:row], at_edges[row : row + length - last]
         return found.view(torch.bool) if self._value is None else found
 
-    def _kernel(self, m: int) -> Callable[..., None]:
+    def _kernel(self, m: int) -> Compiled:
         with _lock:
             if m not in self._kernels:
-                self._kernels[m] = compiled(_comparing(m, self._score, self._value))
+                self._kernels[m] = Compiled(_comparing(m, self._score, self._value))
             return self._kernels[m]
 
 
