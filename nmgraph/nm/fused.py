@@ -27,7 +27,7 @@ from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_ord
 
 _PAYS = 1 << 30  # weights done for one kind of block until compiling costs less than going on, some ten seconds
 _SMALL = 1 << 13  # weights below which the calls cost more than sorting; times M if not compiled
-_ROW = 512  # weights that a compiled loop runs over, at least
+_ROW = 128  # weights that a compiled loop runs over, at least; its table stays in the nearest cache
 _COPIED = 1 << 18  # weights below which a second call costs more than a copy
 _CHUNK = 1 << 18  # weights compared at a time on the CPU, to stay in its cache
 _MANY = 1 << 24  # weights at a time elsewhere, to bound memory
