@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import grad as conv_grad
 
+from nmgraph.compilation import is_plain
 from nmgraph.layers.kinds import is_transposed_convolution, layer_base
 
 InputGradient = Callable[[Tensor, Tensor], Tensor]
@@ -46,6 +47,19 @@ class _Route(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return dy, None, None, None
         return dy, ctx.input_gradient(dy, weight.to(dy.dtype)).to(ctx.dtype), None, None
+
+
+class _RouteInPlace(_Route):
+    """:class:`_Route` without a copy of ``y``, for what autograd alone looks at."""
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, weight: Tensor, input_gradient: InputGradient) -> Tensor:
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, InputGradient], output: Tensor) -> None:
+        _Route.setup_context(ctx, inputs, output)
+        ctx.mark_dirty(inputs[0])
 
 
 def split_forward(
@@ -101,5 +115,6 @@ def split_forward(
 
 
 def _routed(y: Tensor, x: Tensor, weight: Tensor, input_gradient: InputGradient) -> Tensor:
-    out: Tensor = _Route.apply(y, x, weight.detach(), input_gradient)  # type: ignore[no-untyped-call]
+    route = _RouteInPlace if is_plain(y, x) else _Route
+    out: Tensor = route.apply(y, x, weight.detach(), input_gradient)  # type: ignore[no-untyped-call]
     return out
