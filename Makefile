@@ -24,8 +24,12 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
-	$(BIN)/python benchmarks/conversion.py
+	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/transposable.py
+	$(BIN)/python benchmarks/row_permutation.py
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/step_time.py --model deit_small --rounds 5
+	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/permutation.py
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -72,6 +72,9 @@ def zero_outside(mask: Tensor, t: Tensor) -> Tensor:
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+_functions: list[Blockwise] = []
+
+
 class Blockwise:
     """An elementwise function of tensors and of which of their elements are among the best of their block.
 
@@ -86,6 +89,8 @@ class Blockwise:
         self._score, self._value = score, value
         self._done: dict[int, int] = {}  # by M: weights so far
         self._kernels: dict[int, Compiled] = {}
+        self._number = len(_functions)
+        _functions.append(self)
 
     def __call__(self, m: int, keep: int | Tensor, *tensors: Tensor, dim: int = -1) -> Tensor:
         """Compute it for blocks of ``m`` along ``dim``.
@@ -99,6 +104,17 @@ class Blockwise:
         Returns:
             of the first tensor's shape and memory order.
         """
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            number, known = (None, keep) if isinstance(keep, int) else (keep, 0)
+            found: Tensor = torch.ops.nmgraph.blockwise(self._number, m, known, number, list(tensors), dim)
+            return found
+        return self._compute(m, keep, tensors, dim)
+
+    def like(self, first: Tensor) -> Tensor:
+        """Give a tensor of the result's shape, dtype and memory order."""
+        return torch.empty_like(first, dtype=torch.bool if self._value is None else first.dtype)
+
+    def _compute(self, m: int, keep: int | Tensor, tensors: Sequence[Tensor], dim: int) -> Tensor:
         first = tensors[0]
         order = memory_order(first)
         laid = [in_memory_order(t.detach(), order) for t in tensors]
@@ -165,6 +181,19 @@ class Blockwise:
             if m not in self._kernels:
                 self._kernels[m] = Compiled(_comparing(m, self._score, self._value))
             return self._kernels[m]
+
+
+@torch.library.custom_op("nmgraph::blockwise", mutates_args=())
+def _blockwise(
+    function: int, m: int, keep: int, kept_of_state: Tensor | None, tensors: list[Tensor], dim: int
+) -> Tensor:
+    """Compute a :class:`Blockwise` function as one node of a user's ``torch.compile``, which would sort otherwise."""
+    return _functions[function]._compute(m, keep if kept_of_state is None else kept_of_state, tensors, dim)
+
+
+@_blockwise.register_fake
+def _(function: int, m: int, keep: int, kept_of_state: Tensor | None, tensors: list[Tensor], dim: int) -> Tensor:
+    return _functions[function].like(tensors[0])
 
 
 def _best_of_planes(scores_KMS: Tensor, keep: int | Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.func import functional_call, grad, vmap
 
 import nmgraph
@@ -125,3 +125,33 @@ def test_gradients_of_an_ensemble_equal_those_of_its_members(method):
     for i, member in enumerate(members):
         member(x).square().mean().backward()
         assert all(torch.allclose(grads[name][i], p.grad, atol=1e-6) for name, p in member.named_parameters())
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("method", ["srste", "bimask"])
+def test_in_a_compiled_network_masks_are_one_node_and_not_a_sort(method):
+    nodes = []
+
+    def backend(graph, inputs):
+        parts = [part for part in graph.modules() if isinstance(part, fx.GraphModule)]  # of autograd functions, too
+        nodes.extend(str(node.target) for part in parts for node in part.graph.nodes)
+        return graph
+
+    model, x = trained(method, 2), torch.randn(4, 8, 4, 4)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
+    assert any("blockwise" in node for node in nodes)
+    assert method == "bimask" or not any("sort" in node for node in nodes)  # bimask inverts its permutation by a sort
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@both
+def test_a_network_compiled_by_inductor_has_the_outputs_and_gradients_of_eager(method):
+    model, x = trained(method, 2), torch.randn(4, 8, 4, 4)
+    model(x).square().mean().backward()
+    wanted = [model(x), *(p.grad.clone() for p in model.parameters())]
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True)
+    compiled(x).square().mean().backward()
+    found = [compiled(x), *(p.grad for p in model.parameters())]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted, strict=True))

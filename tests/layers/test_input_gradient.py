@@ -8,6 +8,7 @@ import torch
 from handles import nm
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from nmgraph.layers.kinds import layer_axis
@@ -188,6 +189,25 @@ def test_two_layers_in_a_row_each_use_their_own_backward_weight(kind):
     y.backward(dy)
     assert torch.allclose(hidden.grad, literal(second, hidden, dy)[1])
     assert torch.allclose(x.grad, literal(first, x, hidden.grad)[1])
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d strided"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(kind, reentrant):
+    layer, x = make(kind)
+    y = checkpoint(layer, x, use_reentrant=reentrant)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    _, dx, dw, _ = literal(layer, x, dy)
+    assert torch.allclose(x.grad, dx)
+    assert torch.allclose(nm(layer).raw.grad, dw)
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear of three axes", "conv2d", "conv2d strided", "transposed conv3d"])
+def test_the_output_is_not_copied_on_its_way(kind, monkeypatch):
+    layer, x = make(kind)
+    monkeypatch.setattr(torch.Tensor, "clone", lambda *_: pytest.fail("an activation was copied"))
+    layer(x)
 
 
 @pytest.mark.parametrize(
