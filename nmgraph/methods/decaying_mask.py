@@ -52,7 +52,7 @@ class DecayingMask(Method[DecayingMaskState]):
     paper: ClassVar[str] = "Bambhaniya et al., CPAL 2025"
     gradient: ClassVar[str] = "dense at first; of masked weights it fades to 0"
     state_cost: ClassVar[str] = "none"
-    time_cost: ClassVar[str] = "one sort of every block per forward"
+    time_cost: ClassVar[str] = "a mask by magnitude per forward"
     unattached: ClassVar[str] = "masked weights do not fade"
     state_type: ClassVar[type[tuple[Any, ...]]] = DecayingMaskState
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {

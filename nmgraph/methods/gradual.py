@@ -55,7 +55,7 @@ class Gradual(Method[GradualState]):
     paper: ClassVar[str] = "Zhu & Gupta, 2017"
     gradient: ClassVar[str] = "as its base: masked (asp), or dense and straight through (srste)"
     state_cost: ClassVar[str] = "1 byte per weight"
-    time_cost: ClassVar[str] = "a sort per pruning (asp), or per forward (srste)"
+    time_cost: ClassVar[str] = "a mask by magnitude per pruning (asp), or per forward (srste)"
     unattached: ClassVar[str] = "nothing is pruned"
     state_type: ClassVar[type[tuple[Any, ...]]] = GradualState
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"base": ("asp", "srste"), "curve": ("cubic", "linear")}

@@ -141,7 +141,7 @@ class Blockwise:
         compares = plain and laid[0].device.type == "cpu" and laid[0].numel() >= _SMALL * m
         chunk = max(1, (_CHUNK if compares else _MANY) // (m * apart))
         found = []
-        for start in range(0, len(cut[0]), chunk):
+        for start in range(0, max(1, len(cut[0])), chunk):
             own = [t[start : start + chunk] for t in cut]
             scores = self._score(*own)
             # With a NaN no comparison holds; sorting is what says which come first then.

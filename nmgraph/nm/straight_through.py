@@ -12,10 +12,12 @@ from nmgraph.nm.fused import zero_outside
 from nmgraph.nm.masks import largest
 from nmgraph.nm.pattern import Pattern
 
+_LARGE = 1 << 16  # weights from which on a function of our own is worth its call
+
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """Zero what the mask drops; the gradient is masked with it. A dropped NaN or infinity gives 0, too."""
-    if weight.device.type == "cpu" and is_plain(weight, mask):
+    if weight.numel() >= _LARGE and weight.device.type == "cpu" and is_plain(weight, mask):
         out: Tensor = _Masked.apply(weight, mask)  # type: ignore[no-untyped-call]
         return out
     return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))

@@ -62,16 +62,16 @@ def equal(first, *others):
     )
 
 
+SLOW = [("4:8", torch.float32), ("1:16", torch.float32), ("2:4", torch.float16), ("2:4", torch.float64)]
+
+
 @pytest.mark.parametrize(
-    "pattern", ["2:4", "1:4", pytest.param("4:8", marks=pytest.mark.slow), pytest.param("1:16", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-    "dtype",
+    ("pattern", "dtype"),
     [
-        torch.float32,
-        torch.bfloat16,
-        pytest.param(torch.float16, marks=pytest.mark.slow),
-        pytest.param(torch.float64, marks=pytest.mark.slow),
+        ("2:4", torch.float32),
+        ("1:4", torch.float32),
+        ("2:4", torch.bfloat16),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
 )
 def test_compiled_masks_weights_and_gradients_are_the_sorted_ones_to_the_bit(pattern, dtype, monkeypatch):

@@ -9,6 +9,12 @@ MASK = torch.tensor([[True, False, True, False], [False, True, True, False]])
 PASSES = torch.tensor([[True, True, False, False], [True, False, True, False]])
 
 
+@pytest.fixture(autouse=True, params=[1 << 16, 0], ids=["small", "large"])
+def _large(request, monkeypatch):
+    """Mask small weights as small ones are, and as large ones are."""
+    monkeypatch.setattr("nmgraph.nm.straight_through._LARGE", request.param)
+
+
 @pytest.fixture
 def weight():
     return torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
@@ -39,6 +45,7 @@ def test_a_dropped_nan_leaves_the_masked_gradient_finite():
 def test_masked_has_the_gradient_of_what_it_computes(weight):
     assert torch.autograd.gradcheck(lambda w: masked(w, MASK), weight)
     assert torch.autograd.gradgradcheck(lambda w: masked(w, MASK), weight)
+    assert torch.autograd.gradcheck(lambda w: masked(w, MASK), weight, check_forward_ad=True)
 
 
 def test_straight_through_passes_the_whole_gradient_on(weight):
