@@ -123,7 +123,16 @@ def bimask_work(batch: int = 32, width: int = 256, side: int = 14) -> Work:
         layer(x).backward(upstream)
         optimizer.step()
 
-    return {"baseline": published, "own": own}
+    dense = nn.Conv2d(width, width, 3, padding=1, bias=False)
+    plain = torch.optim.SGD(dense.parameters(), 0.0)
+
+    def without() -> None:
+        plain.zero_grad()
+        x.grad = None
+        dense(x).backward(upstream)
+        plain.step()
+
+    return {"baseline": published, "own": own, "dense": without}
 
 
 def timed(work: list[Callable[[], Any]]) -> tuple[float, float]:
@@ -196,6 +205,7 @@ def table(rounds: int, quick: bool) -> list[dict[str, Any]]:
 
 def show(found: dict[str, Any]) -> None:
     extra = f"  {found['own_over_abs']:.1f} passes of torch.abs" if "own_over_abs" in found else ""
+    extra += f"  dense: {found['dense_s'] * 1e3:.1f} ms" if "dense_s" in found else ""
     print(
         f"{found['what']:<45} {found['pattern']:<5} {found['baseline_s'] * 1e3:>9.1f} ms {found['own_s'] * 1e3:>8.1f} ms "
         f"{found['ratio']:>6.1f}x {found['ratio_processor']:>5.1f}x {found['own_eager_s'] * 1e3:>9.1f} ms {found['ratio_eager']:>6.1f}x "

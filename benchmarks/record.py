@@ -30,10 +30,13 @@ def command() -> str:
 
 
 def commit() -> str:
-    """Give the commit; it ends in -dirty if the files measured are not those of the commit."""
-    asked = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    answer = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
+    """Give the commit; it ends in -dirty if the code is not that of the commit. Results written before do not count."""
+    code = ["nmgraph", "benchmarks/*.py", "examples", "tests"]
+    answers = [
+        subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *code])
+    ]
+    return f"{answers[0]}{'-dirty' if answers[1] else ''}" or "unknown"
 
 
 def machine() -> dict[str, Any]:
