@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 
 from nmgraph.errors import NMGraphError, first_line
 
@@ -81,8 +82,10 @@ class Compiled:
         lazy: Any = torch.compile(renamed, dynamic=True, fullgraph=True)
         if device.type != "cpu" or not hasattr(lazy, "aot_compile"):
             return lambda *args: _without_modes(lazy, args)
-        # Checking what the key has checked would take longer than most calls.
-        ready = lazy.aot_compile((args, {}))
+        # Checking what the key has checked would take longer than most calls. So nothing may be taken for granted that
+        # only happens to be so in the first call, as two sizes that are equal then.
+        with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            ready = lazy.aot_compile((args, {}))
         ready.disable_guard_check()
         return ready  # type: ignore[no-any-return]
 

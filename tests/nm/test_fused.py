@@ -11,7 +11,7 @@ from nmgraph.compilation import SWITCH
 from nmgraph.errors import NMGraphError
 from nmgraph.methods.srste import refined, refined_by_magnitude
 from nmgraph.nm import fused
-from nmgraph.nm.fused import Blockwise
+from nmgraph.nm.fused import Blockwise, zero_outside
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import largest, magnitude_mask, prune_further
 from nmgraph.nm.pattern import Pattern
@@ -108,6 +108,17 @@ def test_the_mask_of_the_compiled_way_is_the_slow_one(monkeypatch):
         kept[row, sorted(range(4), key=lambda i: -block[i])[:2]] = True
     assert torch.equal(magnitude_mask(w, Pattern(2, 4)), kept.view_as(w))
     assert torch.equal(largest(w, Pattern(2, 4)), w * kept.view_as(w))
+
+
+@pytest.mark.parametrize("first", [(128, 1, 128), (16, 1, 1024), (12, 1, 1000), (4, 9, 1024), (1024, 1, 16)])
+def test_sizes_that_are_equal_in_the_first_call_may_differ_in_the_next(first, monkeypatch):
+    function = Blockwise(torch.abs, zero_outside)
+    for shape in (first, (128, 1, 256), (300, 1, 400), (60, 9, 32), (2000, 1, 200)):
+        w_OSC = torch.randn(shape)
+        assert equal(*all_ways(monkeypatch, lambda w_OSC=w_OSC: function(4, 2, w_OSC))), shape
+        other = canonical(torch.randn(shape[::-1]), 0)
+        if other.shape[-1] % 4 == 0:
+            assert equal(*all_ways(monkeypatch, lambda other=other: function(4, 2, other))), shape
 
 
 @pytest.mark.parametrize("axis", [0, 1])
