@@ -12,11 +12,12 @@ rank and number of threads decides alike, and nothing waits for the device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from nmgraph.compilation import Compiled, give_up, is_plain, may_compile
 from nmgraph.nm.fused import Blockwise, zero_outside
 from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_order
 from nmgraph.nm.masks import LARGEST
@@ -25,6 +26,7 @@ from nmgraph.nm.pattern import Pattern
 OBJECTIVES = ("kept", "blocks")
 SEARCHES = ("swap", "random")
 
+_PAYS = 1 << 33  # words counted until compiling costs less than going on
 _WORDS = 2**20  # of permuted masks at once: of fewer the calls cost most, more leave a processor's cache
 
 _best = Blockwise(
@@ -183,14 +185,65 @@ def _full(planes: Sequence[Tensor], n: int, objective: str) -> tuple[Tensor, Ten
 def _scores(mask_OSC: Tensor, permutations_KO: Tensor, pattern: Pattern, objective: str) -> Tensor:
     """Count what each permutation leaves, by the objective; int64 ``[K]``."""
     rows_OW, order_KO = _packed(mask_OSC, pattern.m), _whole(permutations_KO, pattern.m)
-    least, most = (pattern.n + 1, pattern.n + 1) if objective == "blocks" else (1, pattern.n)
-    counts = []
-    for some_KO in torch.split(order_KO, max(1, _WORDS // rows_OW.numel())):
-        some_MKG = some_KO.reshape(some_KO.shape[0], -1, pattern.m).movedim(-1, 0)
-        at_least = _at_least([_gathered(rows_OW, some_KG) for some_KG in some_MKG], least, most)
-        counts.append(torch.stack([_popcount(words_KGW.flatten(1)) for words_KGW in at_least.values()]).sum(0))
-    blocks = order_KO.shape[1] // pattern.m * mask_OSC[0].numel()
-    return blocks - torch.cat(counts) if objective == "blocks" else torch.cat(counts)
+    order_MKG = order_KO.reshape(len(order_KO), -1, pattern.m).movedim(-1, 0).contiguous()
+    counted = _counting(pattern, objective)
+    found_K = counted.in_one_pass(rows_OW, order_MKG)
+    if found_K is None:
+        chunks = torch.split(order_MKG, max(1, _WORDS // rows_OW.numel()), dim=1)
+        found_K = torch.cat([counted.in_passes(rows_OW, some_MKG) for some_MKG in chunks])
+    blocks = order_MKG.shape[2] * mask_OSC[0].numel()
+    return blocks - found_K if objective == "blocks" else found_K
+
+
+class _Counting:
+    """Count the bits that so many rows of a block, or more, have in common: in passes of torch, or in a compiled one."""
+
+    def __init__(self, pattern: Pattern, objective: str) -> None:
+        self._least, self._most = (pattern.n + 1, pattern.n + 1) if objective == "blocks" else (1, pattern.n)
+        self._kernel = Compiled(self._written())
+        self._done = 0
+
+    def in_passes(self, rows_OW: Tensor, order_MKG: Tensor) -> Tensor:
+        """Count for each of K orders; int64 ``[K]``."""
+        planes = [_gathered(rows_OW, order_KG) for order_KG in order_MKG]
+        at_least = _at_least(planes, self._least, self._most)
+        return torch.stack([_popcount(words_KGW.flatten(1)) for words_KGW in at_least.values()]).sum(0)
+
+    def in_one_pass(self, rows_OW: Tensor, order_MKG: Tensor) -> Tensor | None:
+        """Do :meth:`in_passes`; None where it does not pay or work."""
+        self._done += order_MKG.numel() * rows_OW.shape[1]
+        if not is_plain(rows_OW, order_MKG) or not may_compile(rows_OW.device.type, pays=self._done >= _PAYS):
+            return None
+        out_KG = torch.empty(order_MKG.shape[1:], dtype=torch.int32, device=rows_OW.device)
+        try:
+            self._kernel(out_KG, rows_OW, order_MKG)
+        except Exception as error:  # whatever a compiler may lack; the passes need none
+            give_up(rows_OW.device.type, error)
+            return None
+        return out_KG.sum(1, dtype=torch.int64)
+
+    def _written(self) -> Callable[..., None]:
+        least, most = self._least, self._most
+
+        def kernel(out_KG: Tensor, rows_OW: Tensor, order_MKG: Tensor) -> None:
+            at_least = _at_least([rows_OW[order_KG] for order_KG in order_MKG.unbind()], least, most)
+            counts_KGW = [_popcount_of_words(words_KGW) for words_KGW in at_least.values()]
+            out_KG.copy_(functools.reduce(torch.add, counts_KGW).sum(-1, dtype=torch.int32))
+
+        return kernel
+
+
+@functools.lru_cache(maxsize=64)
+def _counting(pattern: Pattern, objective: str) -> _Counting:
+    return _Counting(pattern, objective)
+
+
+def _popcount_of_words(words: Tensor) -> Tensor:
+    """Count the bits of each int32 word: of 2, 4, 8 and all 32 of them."""
+    twos = words - ((words >> 1) & 0x55555555)
+    fours = (twos & 0x33333333) + ((twos >> 2) & 0x33333333)
+    eights = (fours + (fours >> 4)) & 0x0F0F0F0F
+    return (eights * 0x01010101) >> 24
 
 
 def _packed(mask_OSC: Tensor, m: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Backward masks along permuted rows, and the choice of the permutation."""
 
+import warnings
 from itertools import combinations
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from nmgraph.compilation import SWITCH
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import random_mask
 from nmgraph.nm.pattern import Pattern
@@ -172,6 +174,22 @@ def test_eligible_blocks_and_kept_weights_equal_slow_counts(case, pattern):
     mask, order = case
     assert eligible_blocks(mask, torch.tensor(order), pattern) == slow_score(mask, order, pattern, "blocks")
     assert kept_weights(mask, torch.tensor(order), pattern) == slow_score(mask, order, pattern, "kept")
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+@pytest.mark.parametrize("objective", ["blocks", "kept"])
+def test_a_compiled_search_draws_and_chooses_the_same(pattern, objective, monkeypatch):
+    pattern, found = Pattern.parse(pattern), []
+    masks = [
+        random_mask((rows, 1, columns), pattern, generator(1)) for rows, columns in ((64, 256), (18, 64), (32, 640))
+    ]
+    for mode in ("never", "always"):
+        monkeypatch.setenv(SWITCH, mode)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="masks are made without compiled code")
+            found.append([best_permutation(mask, pattern, 20, objective, generator(2)) for mask in masks])
+            found[-1] += [torch.tensor(eligible_blocks(masks[0], torch.arange(64), pattern))]
+    assert all(map(torch.equal, *found))
 
 
 def test_counts_do_not_overflow_a_byte():
