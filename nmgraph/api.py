@@ -402,6 +402,11 @@ def export(
         raise ExportError("there is no engine to compare: --no-compare (compare=False) goes with --trt.")
     if dynamic_batch and not onnx:
         raise ExportError("there is no ONNX file to leave a batch open in: leave onnx on (no --no-onnx).")
+    if fold_batchnorm and (safetensors or hf):
+        raise ExportError(
+            "weights with batch norms folded into them fit the dense model no more: export safetensors or hf without "
+            "fold_batchnorm (--fold-batchnorm), or ONNX alone with it."
+        )
     if not (onnx or safetensors or hf):
         raise ExportError("there is nothing to export: leave onnx on, or ask for safetensors.")
     # Only here: onnx and onnxruntime take a second to import.

@@ -134,3 +134,11 @@ def test_export_refuses_what_answers_otherwise_once_folded(tmp_path):
     with pytest.raises(nmgraph.NMGraphError, match="answers otherwise once its batch norms are folded"):
         nmgraph.export(model, tmp_path / "out", example_inputs=torch.randn(2, 4, 3, 3), fold_batchnorm=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "hf"])
+def test_folded_weights_are_not_written_where_the_dense_model_would_read_them(kind, tmp_path):
+    model = nmgraph.convert(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), method="asp")
+    with pytest.raises(nmgraph.NMGraphError, match="fit the dense model no more"):
+        nmgraph.export(model, tmp_path / "out", onnx=False, fold_batchnorm=True, **{kind: True})
+    assert not (tmp_path / "out").exists()
