@@ -165,7 +165,7 @@ class Blockwise:
         if length < _COPIED or length < 4 * row:
             whole = -(-length // row) * row
             found = torch.empty(whole, dtype=dtype, device=device)
-            run(found, *(torch.cat([t[:row], t, t.new_zeros(whole - length + row)]) for t in flat))
+            run(found, *(torch.cat([t.new_zeros(row), t, t.new_zeros(whole - length + row)]) for t in flat))
             found = found[:length]
         else:
             found, last = torch.empty(length, dtype=dtype, device=device), length // row * row - row

@@ -121,6 +121,12 @@ def test_sizes_that_are_equal_in_the_first_call_may_differ_in_the_next(first, mo
             assert equal(*all_ways(monkeypatch, lambda other=other: function(4, 2, other))), shape
 
 
+@pytest.mark.parametrize("outputs", [1, 4, 30])
+def test_a_weight_may_be_shorter_than_a_row_of_its_kernel(outputs, monkeypatch):
+    w_OSC = canonical(torch.randn(outputs, 3, 15, 15))  # blocks of 675, of which whole vectors are 10,800
+    assert equal(*all_ways(monkeypatch, lambda: Blockwise(torch.abs, zero_outside)(3, 1, w_OSC)))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_result_lies_in_memory_as_its_weight_does(axis, monkeypatch):
     monkeypatch.setenv(SWITCH, "never")
