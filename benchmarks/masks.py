@@ -14,7 +14,6 @@ single pass of `torch.abs`.
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import baselines
 import record
 import shapes
 import torch
+from timing import timed
 from torch import Tensor, nn
 
 import nmgraph
@@ -135,23 +135,23 @@ def bimask_work(batch: int = 32, width: int = 256, side: int = 14) -> Work:
     return {"baseline": published, "own": own, "dense": without}
 
 
-def timed(work: list[Callable[[], Any]]) -> tuple[float, float]:
-    """Give the wall-clock and the processor seconds of all of it."""
-    wall, processor = time.perf_counter(), time.process_time()
-    for each in work:
-        each()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
 def compare(works: list[Work], rounds: int) -> dict[str, Any]:
     """Time all work of all layers in turns; own work compiled and not compiled."""
+
+    def all_of(name: str) -> tuple[float, float]:
+        def work() -> None:
+            for layer in works:
+                layer[name]()
+
+        return timed(work)[1]
+
     os.environ[SWITCH] = "always"
-    compiling, _ = timed([work["own"] for work in works])
+    compiling, _ = all_of("own")
     runs: list[dict[str, tuple[float, float]]] = []
     for _ in range(rounds + 1):
-        taken = {name: timed([work[name] for work in works]) for name in works[0]}
+        taken = {name: all_of(name) for name in works[0]}
         os.environ[SWITCH] = "never"
-        taken["own_eager"] = timed([work["own"] for work in works])
+        taken["own_eager"] = all_of("own")
         os.environ[SWITCH] = "always"
         runs.append(taken)
     runs = runs[1:]  # the first warms up

@@ -17,8 +17,6 @@ the overlaps of every row with M - 1 others, and at best those are the M - 1 it 
 import argparse
 import os
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import baselines
 import record
 import shapes
 import torch
+from timing import timed
 
 from nmgraph.compilation import SWITCH
 from nmgraph.nm.grouping import canonical
@@ -42,12 +41,6 @@ def weights(quick: bool) -> list[torch.Tensor]:
     """Give the weights as ``w_OSC``."""
     torch.manual_seed(SEED)
     return [canonical(w) for w in shapes.resnet50()[:: 8 if quick else 1]]
-
-
-def timed(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float, float]:
-    wall, processor = time.perf_counter(), time.process_time()
-    found = work()
-    return found, time.perf_counter() - wall, time.process_time() - processor
 
 
 def most_kept(mask_OSC: torch.Tensor, pattern: Pattern) -> int:
@@ -81,7 +74,7 @@ def measure_layer(
     assert torch.equal(found["random"][0], found["baseline"][0])
     kept = {way: kept_weights(mask, found[way][0], pattern) for way in ("random", "swap")}
     kept |= {"live": int(mask.sum()), "identity": kept_weights(mask, identity, pattern)}
-    return kept, {way: found[way][1:] for way in WAYS}
+    return kept, {way: found[way][1] for way in WAYS}
 
 
 def measure(pattern: Pattern, objective: str, candidates: int, rounds: int, quick: bool) -> dict[str, Any]:

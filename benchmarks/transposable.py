@@ -13,7 +13,6 @@ Published, on other machines: 155 s for one search over ResNet-50 on an A100 (Bi
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import baselines
 import record
 import shapes
 import torch
+from timing import timed
 
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.pattern import Pattern
@@ -33,13 +33,6 @@ KINDS: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
     "gaussian": lambda shape: torch.randn(shape),
     "student_t_3": lambda shape: torch.distributions.StudentT(3.0).sample(shape),
 }
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Give wall-clock and processor seconds."""
-    wall, processor = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def own_masks(w_TMM: torch.Tensor, pattern: Pattern) -> torch.Tensor:
@@ -75,7 +68,8 @@ def measure(weights: list[torch.Tensor], pattern: Pattern, sample: int, rounds: 
         "two_approximation": (total / len(part), lambda: baselines.two_approximation(part, pattern)),
         "exact": (total / len(part), lambda: baselines.exact_transposable(part, pattern)),
     }
-    taken = [{name: timed(each) for name, (_, each) in work.items()} for _ in range(rounds + 1)][1:]  # first warms up
+    taken = [{name: timed(each)[1] for name, (_, each) in work.items()} for _ in range(rounds + 1)]
+    taken = taken[1:]  # the first warms up
     wall = {name: times * statistics.median(t[name][0] for t in taken) for name, (times, _) in work.items()}
     return {
         "pattern": str(pattern),

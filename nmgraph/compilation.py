@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from nmgraph.errors import NMGraphError, first_line
 
 SWITCH = "NMGRAPH_COMPILE"
 MODES = ("auto", "always", "never")
+
+Result = TypeVar("Result")
 
 _numbers = itertools.count()
 _lock = threading.Lock()
@@ -58,11 +60,27 @@ class Compiled:
     """A function of tensors and numbers that writes into the first one, compiled once for all sizes.
 
     Which dtypes, devices and sizes of 1 there are makes a version of its own; nothing else may.
+
+    Args:
+        function: what to compile.
+        pays: how much of its work has to be done before compiling it pays, in whatever :meth:`attempt` counts.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., None], pays: int) -> None:
+        self._function, self._pays = function, pays
+        self._done = 0
         self._versions: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+    def attempt(self, work: Callable[[], Result], amount: int, device: torch.device) -> Result | None:
+        """Do some work that calls this; None where that does not pay yet or does not succeed."""
+        self._done += amount
+        if not may_compile(device.type, pays=self._done >= self._pays):
+            return None
+        try:
+            return work()
+        except Exception as error:  # whatever a compiler may lack; the other ways need none
+            give_up(device.type, error)
+            return None
 
     def __call__(self, *args: Any) -> None:
         """Call it; the first call of a version takes seconds."""

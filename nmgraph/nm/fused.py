@@ -4,8 +4,8 @@ What is done with a mask is mostly elementwise: the weight or zero, a decay of w
 such a function and computes it in one of three ways, with the same result to the bit:
 
 - by *sorting*: what the mask is defined by, on any tensor;
-- by *comparing*, of large ones on the CPU: a weight is kept if fewer than N of its block beat it. Chunks that fit a processor's cache are laid out
-  so that every comparison is one of long rows;
+- by *comparing*, of large ones on the CPU: a weight is kept if fewer than N of its block beat it. Chunks that fit a
+  processor's cache are laid out so that every comparison is one of long rows;
 - by comparing, *compiled* by ``torch.compile``: a block's other members lie at fixed distances in memory, so that one
   loop over contiguous memory loads, compares, counts and stores. No mask, no order and no other layout is written.
 
@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nmgraph.compilation import Compiled, give_up, is_plain, may_compile
+from nmgraph.compilation import Compiled, is_plain
 from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_order
 
 _PAYS = 1 << 30  # weights done for one kind of block until compiling costs less than going on, some ten seconds
@@ -62,7 +62,7 @@ def top_n(scores: Tensor, n: int | Tensor, dim: int = -1) -> Tensor:
 
 def zero_outside(mask: Tensor, t: Tensor) -> Tensor:
     """Give ``t`` where the mask holds, else 0, whatever stands there; without a gradient."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling() or not is_plain(mask, t):
+    if t.device.type != "cpu" or not is_plain(mask, t):
         return torch.where(mask, t, torch.zeros((), dtype=t.dtype, device=t.device))
     # All bits, or none: on the CPU six times as fast as to choose.
     bits = torch.bitwise_and(t.view(_BITS[t.element_size()]), mask.view(torch.int8).neg())
@@ -87,8 +87,7 @@ class Blockwise:
 
     def __init__(self, score: Callable[..., Tensor], value: Callable[..., Tensor] | None = None) -> None:
         self._score, self._value = score, value
-        self._done: dict[int, int] = {}  # by M: weights so far
-        self._kernels: dict[int, Compiled] = {}
+        self._kernels: dict[int, Compiled] = {}  # by M
         self._number = len(_functions)
         _functions.append(self)
 
@@ -120,20 +119,12 @@ class Blockwise:
         laid = [in_memory_order(t.detach(), order) for t in tensors]
         apart = math.prod(laid[0].shape[order.index(dim % first.dim()) + 1 :])  # of two neighbours in a block
         found, plain = None, is_plain(*laid)
-        if plain and first.numel() >= _SMALL and self._compiles(m, laid):
-            try:
-                found = self._compiled(m, keep, apart, laid)
-            except Exception as error:  # whatever a compiler may lack; the other ways need none
-                give_up(first.device.type, error)
+        if plain and first.numel() >= _SMALL:
+            kernel = self._kernel(m)
+            found = kernel.attempt(lambda: self._compiled(kernel, m, keep, apart, laid), first.numel(), first.device)
         if found is None:
             found = self._in_chunks(m, keep, apart, laid, plain)
         return out_of_memory_order(found.view(laid[0].shape), order)
-
-    def _compiles(self, m: int, tensors: list[Tensor]) -> bool:
-        """Decide whether to go the compiled way."""
-        with _lock:
-            weights = self._done[m] = self._done.get(m, 0) + tensors[0].numel()
-        return may_compile(tensors[0].device.type, pays=weights >= _PAYS)
 
     def _in_chunks(self, m: int, keep: int | Tensor, apart: int, laid: list[Tensor], plain: bool) -> Tensor:
         """Compute it by comparing; by sorting of few weights, on other devices, and of what is no plain tensor."""
@@ -150,9 +141,9 @@ class Blockwise:
             found.append(kept if self._value is None else self._value(kept, *own))
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _compiled(self, m: int, keep: int | Tensor, apart: int, laid: list[Tensor]) -> Tensor:
+    def _compiled(self, kernel: Compiled, m: int, keep: int | Tensor, apart: int, laid: list[Tensor]) -> Tensor:
         """Compute it by comparing, in one compiled loop."""
-        kernel, flat = self._kernel(m), [t.view(-1) for t in laid]
+        flat = [t.view(-1) for t in laid]
         length, device = len(flat[0]), laid[0].device
         dtype = torch.uint8 if self._value is None else laid[0].dtype
         table, row = _table(m, apart, str(device))
@@ -179,7 +170,7 @@ class Blockwise:
     def _kernel(self, m: int) -> Compiled:
         with _lock:
             if m not in self._kernels:
-                self._kernels[m] = Compiled(_comparing(m, self._score, self._value))
+                self._kernels[m] = Compiled(_comparing(m, self._score, self._value), _PAYS)
             return self._kernels[m]
 
 

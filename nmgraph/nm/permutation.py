@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nmgraph.compilation import Compiled, give_up, is_plain, may_compile
+from nmgraph.compilation import Compiled, is_plain
 from nmgraph.nm.fused import Blockwise, zero_outside
 from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_order
 from nmgraph.nm.masks import LARGEST
@@ -200,8 +200,7 @@ class _Counting:
 
     def __init__(self, pattern: Pattern, objective: str) -> None:
         self._least, self._most = (pattern.n + 1, pattern.n + 1) if objective == "blocks" else (1, pattern.n)
-        self._kernel = Compiled(self._written())
-        self._done = 0
+        self._kernel = Compiled(self._written(), _PAYS)
 
     def in_passes(self, rows_OW: Tensor, order_MKG: Tensor) -> Tensor:
         """Count for each of K orders; int64 ``[K]``."""
@@ -211,16 +210,15 @@ class _Counting:
 
     def in_one_pass(self, rows_OW: Tensor, order_MKG: Tensor) -> Tensor | None:
         """Do :meth:`in_passes`; None where it does not pay or work."""
-        self._done += order_MKG.numel() * rows_OW.shape[1]
-        if not is_plain(rows_OW, order_MKG) or not may_compile(rows_OW.device.type, pays=self._done >= _PAYS):
+        if not is_plain(rows_OW, order_MKG):
             return None
-        out_KG = torch.empty(order_MKG.shape[1:], dtype=torch.int32, device=rows_OW.device)
-        try:
+
+        def work() -> Tensor:
+            out_KG = torch.empty(order_MKG.shape[1:], dtype=torch.int32, device=rows_OW.device)
             self._kernel(out_KG, rows_OW, order_MKG)
-        except Exception as error:  # whatever a compiler may lack; the passes need none
-            give_up(rows_OW.device.type, error)
-            return None
-        return out_KG.sum(1, dtype=torch.int64)
+            return out_KG.sum(1, dtype=torch.int64)
+
+        return self._kernel.attempt(work, order_MKG.numel() * rows_OW.shape[1], rows_OW.device)
 
     def _written(self) -> Callable[..., None]:
         least, most = self._least, self._most

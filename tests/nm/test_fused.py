@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nmgraph import compilation
-from nmgraph.compilation import SWITCH
+from nmgraph.compilation import SWITCH, Compiled
 from nmgraph.errors import NMGraphError
 from nmgraph.methods.srste import refined, refined_by_magnitude
 from nmgraph.nm import fused
@@ -162,7 +162,7 @@ def test_only_what_has_sorted_much_is_compiled(monkeypatch):
     monkeypatch.delenv(SWITCH, raising=False)
     function, w = Blockwise(torch.abs), torch.randn(128, 1, 128)
     compiled = []
-    monkeypatch.setattr(fused, "Compiled", lambda kernel: compiled.append(kernel) or kernel)
+    monkeypatch.setattr(Compiled, "_compile", lambda self, *_: compiled.append(self) or self._function)
     found = [function(4, 2, w) for _ in range(3)]
     assert len(compiled) == 1
     assert torch.equal(found[0], found[2])
@@ -174,11 +174,11 @@ def test_only_what_has_sorted_much_is_compiled(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:masks are made without compiled code")
 def test_without_a_compiler_sorting_goes_on_and_one_warning_says_so(monkeypatch):
-    def fails(kernel):
+    def fails(kernel, *_):
         raise RuntimeError("no C++ compiler\nand a long trace")
 
     monkeypatch.setenv(SWITCH, "always")
-    monkeypatch.setattr(fused, "Compiled", fails)
+    monkeypatch.setattr(Compiled, "_compile", fails)
     monkeypatch.setattr(compilation, "_given_up", set())
     function, w = Blockwise(torch.abs), torch.randn(128, 1, 128)
     with pytest.warns(UserWarning, match="torch.compile failed on cpu: no C\\+\\+ compiler. NMGRAPH_COMPILE=never"):
@@ -197,7 +197,7 @@ def test_an_unknown_mode_is_refused_by_name(monkeypatch):
 
 def test_tracers_and_transforms_see_the_sorting_way(monkeypatch):
     monkeypatch.setenv(SWITCH, "always")
-    monkeypatch.setattr(fused, "Compiled", lambda kernel: pytest.fail("compiled under a transform"))
+    monkeypatch.setattr(Compiled, "_compile", lambda *_: pytest.fail("compiled under a transform"))
     w = torch.randn(3, 64, 1, 256)
     batched = torch.func.vmap(lambda one: largest(one, Pattern(2, 4)))(w)
     assert torch.equal(

@@ -162,7 +162,7 @@ def test_ties_cost_little(pattern):
     w_TMM = with_ties(200 if pattern.n == 1 else 100, pattern.m)
     share = kept(w_TMM, solved(w_TMM, pattern)) / most_by_scipy(w_TMM, pattern)
     assert share.mean() >= 0.999
-    assert share.min() >= 0.85  # two of a tile's fifteen at 1:8
+    assert share.min() >= (0.96 if str(pattern) in ("4:8", "1:16") else 0.85)  # two of a tile's fifteen at 1:8
 
 
 @pytest.mark.parametrize("pattern", ["1:8", "4:8", "5:8", "1:16"])
