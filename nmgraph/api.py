@@ -289,6 +289,7 @@ def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
     """
     model = unwrapped(model)
     require_manifest(model)
+    _require_gathered(model)
     if not masked_weights(model):
         raise ConversionError(f"{type(model).__name__} is finalized already.")
     if not force:
@@ -505,6 +506,7 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
     """
     path = Path(path)
     require_writable(path, overwrite=True)
+    _require_gathered(model)
     write_nm_file(unwrapped(model), path, factory)
 
 
@@ -552,6 +554,16 @@ def _require_plain(model: Any) -> None:
     sharded = find_sharded(model)
     if sharded:
         raise ConversionError(f"{sharded}. Convert the model before it is sharded, and shard it after.")
+
+
+def _require_gathered(model: nn.Module) -> None:
+    sharded = find_sharded(model)
+    if sharded:
+        raise ConversionError(
+            f"{sharded}. Gather it first, into a model that is converted the same way: "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict, and load_state_dict on one process."
+        )
 
 
 def _model_inside(value: Any) -> str:
