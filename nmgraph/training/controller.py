@@ -54,6 +54,7 @@ class Controller:
             self._optimizers[-1].register_step_pre_hook(self._before_step),
             register_optimizer_step_pre_hook(_noticing(self)),
         ]
+        weakref.finalize(self, self._hooks[-1].remove)
 
     @property
     def step(self) -> int:
