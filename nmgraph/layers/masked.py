@@ -41,8 +41,8 @@ from nmgraph.methods.contract import Operand
 from nmgraph.nm.grouping import canonical, in_memory_order, memory_order, out_of_memory_order, restore_like
 
 PREFIX = "nm_"
-# Of fully_shard, of RowwiseParallel, and of FullyShardedDataParallel, which attach then refuses.
-_SHARDING = ("reset_sharded_param", "_partition_linear_fn", "_safe_setattr_tensor_or_param")
+# Of fully_shard, of RowwiseParallel, of checkpoints, and of FullyShardedDataParallel, which then fails for want of it.
+_SHARDING = ("reset_sharded_param", "_partition_linear_fn", "_get_fqns", "_safe_setattr_tensor_or_param")
 
 _CLASSES: dict[
     tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]

@@ -52,6 +52,29 @@ def go_on(rank, world, variants, folder, shards=True):
         require_equal(model.state_dict(), alone(variant, adamw).state_dict())
 
 
+def go_on_from_nothing(rank, world, variants, folder):
+    for place, variant in enumerate(variants):
+        with torch.device("meta"):
+            model = network(variant)
+        fully_shard(model)
+        model.to_empty(device="cpu")
+        for name, tensor in model.state_dict().items():
+            whole = tensor.dim() < 2 or name.endswith("permutation")
+            assert whole or tensor.to_local().shape[0] * world == tensor.shape[0], name
+        optimizer = adamw(model.parameters())
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(states, checkpoint_id=str(folder / str(place)))
+        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        nmgraph.attach(model, optimizer, total_steps=STEPS)
+        train(model, optimizer, rank, world, range(HALF, STEPS))
+        require_equal(model.state_dict(), alone(variant, adamw).state_dict())
+
+
+def test_a_model_made_without_memory_is_sharded_and_goes_on(tmp_path):
+    on_ranks(2, save_halfway, FEW, tmp_path)
+    on_ranks(2, go_on_from_nothing, FEW, tmp_path)
+
+
 def test_a_run_saved_on_two_ranks_goes_on_with_one_and_with_four(tmp_path):
     on_ranks(2, save_halfway, FEW, tmp_path)
     go_on(0, 1, FEW, tmp_path, shards=False)
