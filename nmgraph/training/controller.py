@@ -6,6 +6,7 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from nmgraph.training.step import all_finite, update_weight
 from nmgraph.training.wrapped_optimizers import chain_of
 
 _log = logging.getLogger("nmgraph")
+
+_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()  # one hook for all, which keeps none alive
 
 
 class Controller:
@@ -50,11 +53,10 @@ class Controller:
             missing = method.too_short(self.total_steps)
             if missing:
                 _log.warning("%s in %d steps: %s.", method.name, self.total_steps, missing)
-        self._hooks = [
-            self._optimizers[-1].register_step_pre_hook(self._before_step),
-            register_optimizer_step_pre_hook(_noticing(self)),
-        ]
-        weakref.finalize(self, self._hooks[-1].remove)
+        self._hook = self._optimizers[-1].register_step_pre_hook(self._before_step)
+        self._looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet(self._optimizers)
+        _watch_all_optimizers()
+        _controllers.add(self)
 
     @property
     def step(self) -> int:
@@ -106,8 +108,8 @@ class Controller:
             weight = self._weights.pop(name)
             del weight.training.attached[weight.site]
         if not self._weights:
-            for hook in self._hooks:
-                hook.remove()
+            self._hook.remove()
+            _controllers.discard(self)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -204,6 +206,9 @@ class Controller:
 
     def _notice(self, optimizer: Optimizer) -> None:
         """Warn if another optimizer steps a weight of ours."""
+        if optimizer in self._looked_at:
+            return
+        self._looked_at.add(optimizer)
         ours = {id(weight.raw): name for name, weight in self._weights.items()}
         taken = next((ours[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in ours), None)
         if taken is not None:
@@ -213,17 +218,14 @@ class Controller:
             )
 
 
-def _noticing(controller: Controller) -> Callable[..., None]:
-    """Make a hook on every optimizer's step that does not keep the controller, nor its model, alive."""
-    own = weakref.ref(controller)
-    looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet(controller._optimizers)
+@cache
+def _watch_all_optimizers() -> None:
+    register_optimizer_step_pre_hook(_notice)
 
-    def hook(optimizer: Optimizer, *_: Any) -> None:
-        if optimizer not in looked_at and (alive := own()) is not None:
-            looked_at.add(optimizer)
-            alive._notice(optimizer)
 
-    return hook
+def _notice(optimizer: Optimizer, *_: Any) -> None:
+    for controller in list(_controllers):
+        controller._notice(optimizer)
 
 
 def _optimizers_in(optimizer: Any, model: Any) -> list[Optimizer]:

@@ -201,3 +201,41 @@ def tensor_parallel(rank, world, variants):
 
 def test_tensor_parallel_weights_train_as_one_process_does():
     on_ranks(2, tensor_parallel, list(VARIANTS))
+
+
+def language_model(method):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return nmgraph.convert(LlamaForCausalLM(config).double(), method=method)
+
+
+def of_layers(rank, world, methods):
+    for method in methods:
+        models = [language_model(method), language_model(method)]
+        models[1].gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in models[1].model.layers:
+            fully_shard(layer)
+        fully_shard(models[1])
+        for place, model in enumerate(models):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            nmgraph.attach(model.train(), optimizer, total_steps=STEPS)
+            for step in range(STEPS):
+                tokens = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(step))
+                tokens = tokens[rank::world] if place else tokens
+                optimizer.zero_grad()
+                model(input_ids=tokens, labels=tokens).loss.backward()
+                optimizer.step()
+        require_equal(models[1].state_dict(), models[0].state_dict())
+
+
+def test_a_language_model_sharded_by_layers_and_checkpointed_trains_as_a_whole_one_does():
+    on_ranks(2, of_layers, ["lbc", "bimask", "srste"])
