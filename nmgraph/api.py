@@ -38,7 +38,15 @@ from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, requi
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
 from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, restrict, rewrite
-from nmgraph.passes.structure import copy_structure, duplicate, find_sharded, parameter_of, share_parameters, unwrapped
+from nmgraph.passes.structure import (
+    blends_buffers,
+    copy_structure,
+    duplicate,
+    find_sharded,
+    parameter_of,
+    share_parameters,
+    unwrapped,
+)
 from nmgraph.passes.trace import USUAL, Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
@@ -280,21 +288,22 @@ def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
     """Fold the masks into a copy of the model: ordinary layers of the original classes, exact zeros.
 
     Args:
-        model: a converted model, which is not changed; a wrapper around it (torch.compile, DDP, AveragedModel) is left away.
+        model: a converted model, which is not changed; a wrapper around it (torch.compile, DDP, an average) is left away.
         force: prune by what the method knows by now, if its masks are not N:M yet.
 
     Raises:
         ConversionError: if the model was not converted.
         UnfinishedError: if masks are not N:M yet, saying what is missing.
     """
+    blended = blends_buffers(model)
     model = unwrapped(model)
     require_manifest(model)
     if not masked_weights(model):
         raise ConversionError(f"{type(model).__name__} is finalized already.")
-    if not force:
+    if not (force or blended):
         require_finished(model)
     finished = copy_structure(model, duplicate)
-    fold(finished)
+    fold(finished, blended=blended)
     return finished
 
 
@@ -416,7 +425,7 @@ def export(
     dtype, directory = dtype_of(precision, onnx), Path(directory)
     require_writable(directory, overwrite=overwrite)
     require_export_directory(directory)
-    model = unwrapped(model)
+    given, model = model, unwrapped(model)
     recorded = require_manifest(model)
     if hf:
         require_hugging_face(model)
@@ -426,7 +435,7 @@ def export(
     sparse = masked_weights(model)
     # Without force, finalize refuses what is unfinished.
     pruned = tuple(name for name, layer in sparse.items() if layer.unfinished()) if force else ()
-    finished = finalize(model, force=force) if sparse else copy_structure(model, duplicate)
+    finished = finalize(given, force=force) if sparse else copy_structure(model, duplicate)
     projected: tuple[Projection, ...] = ()
     if target is not None:
         projected, recorded = project_sites(finished, recorded, target)
