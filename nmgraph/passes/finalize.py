@@ -49,7 +49,7 @@ def require_finished(model: nn.Module) -> None:
 def _at_end(weight: MaskedWeight) -> bool:
     """Tell whether training is over; in an average what a method counts in floats may lag behind."""
     step, total = weight.clock.tolist()
-    return step >= total > 0
+    return bool(step >= total > 0)
 
 
 def _is_blended(weight: MaskedWeight) -> bool:

@@ -71,10 +71,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
-        elif isinstance(model, (nn.DataParallel, DistributedDataParallel, AveragedModel)) or _is_called(
-            model, "ModelEmaV2", "ModelEmaV3"
-        ):
+        elif isinstance(model, (nn.DataParallel, DistributedDataParallel, AveragedModel)):
             inner = model.module
+        elif _is_called(model, "ModelEmaV2", "ModelEmaV3"):
+            inner = model._modules["module"]
         else:
             return model
         assert isinstance(inner, nn.Module)

@@ -116,9 +116,8 @@ def test_a_blended_average_takes_the_masks_of_its_model(variant, kind, caplog):
 
 def test_a_blended_average_is_exported(tmp_path):
     _, averages = averages_of("lbc")
-    assert nmgraph.export(
-        averages["timm v2, which leaves the recipe whole"], tmp_path, onnx=False, overwrite=True
-    ).holds
+    blended = averages["timm v2, which leaves the recipe whole"]
+    assert nmgraph.export(blended, tmp_path / "export", onnx=False, safetensors=True).holds
 
 
 def test_masks_chosen_anew_are_reported_with_the_magnitude_they_keep(caplog):
