@@ -40,9 +40,14 @@ def require_finished(model: nn.Module) -> None:
     where = f"{step:,} of {total:,} steps are done" if total else never
     shown = [f"{n}: {missing}" for n, missing in list(unfinished.items())[:4]]
     more = f"\n  and {len(unfinished) - 4} more layers" if len(unfinished) > 4 else ""
+    average = (
+        " The average of a trained model takes that model's masks first: "
+        "nmgraph.integrations.averages.take_masks(average, model)."
+    )
     raise UnfinishedError(
         f"{len(unfinished)} layers are not N:M yet ({weights[name].told}; {where}):\n  " + "\n  ".join(shown) + more
         + "\nTrain to the end, or use --force (force=True) to prune now by what the method knows."
+        + ("" if step else average)
     )  # fmt: skip
 
 
