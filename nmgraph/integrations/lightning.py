@@ -32,7 +32,7 @@ class SparseTraining(Callback):  # type: ignore[misc, unused-ignore]
 
     Raises:
         TrainingError: when training begins, if the module has no sparse layer, more than one optimizer or manual optimization,
-            or if the Trainer has no end.
+            or if the Trainer has no end, or averages buffers.
     """
 
     controller: Controller | None = None
@@ -51,6 +51,12 @@ class SparseTraining(Callback):  # type: ignore[misc, unused-ignore]
             raise TrainingError(
                 f"the Trainer can't tell how many optimizer steps it will take ({total_steps}), and schedules are fractions "
                 "of a whole run. Give it an end: Trainer(max_steps=...), or max_epochs=... if the data has a length."
+            )
+        blending = [callback for callback in trainer.callbacks if getattr(callback, "_use_buffers", False)]
+        if blending:
+            raise TrainingError(
+                f"{type(blending[0]).__name__} averages buffers, masks and counters included, and writes them over the module "
+                "in the end. Give it use_buffers=False: it copies them then."
             )
         self.controller = attach(pl_module, trainer.optimizers[0], total_steps=int(total_steps))
 

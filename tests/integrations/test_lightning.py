@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -98,9 +98,21 @@ def test_precision_clipping_and_a_count_of_steps_end_at_the_pattern(options):
 
 def test_lightnings_average_leaves_buffers_alone_and_ends_at_the_pattern(caplog):
     module = Classifier()
-    trainer_of(SparseTraining(), EMAWeightAveraging(decay=0.9, use_buffers=False)).fit(module, batches())
+    module.validation_step = lambda batch: None  # before which the average takes the module's place, and gives it back
+    trainer = trainer_of(SparseTraining(), EMAWeightAveraging(decay=0.9, use_buffers=False))
+    trainer.fit(module, batches(), batches())
     assert nmgraph.verify(nmgraph.finalize(module.net)).holds
     assert not [record for record in caplog.records if record.name == "nmgraph"]
+
+
+@pytest.mark.parametrize("average", [WeightAveraging, EMAWeightAveraging])
+def test_an_average_that_blends_buffers_is_refused_before_training(average):
+    with pytest.raises(TrainingError) as caught:
+        trainer_of(SparseTraining(), average()).fit(Classifier(), batches())
+    assert str(caught.value) == (
+        f"{average.__name__} averages buffers, masks and counters included, and writes them over the module in the end. "
+        "Give it use_buffers=False: it copies them then."
+    )
 
 
 class Manual(Classifier):
