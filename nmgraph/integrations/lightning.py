@@ -10,10 +10,10 @@ from nmgraph.errors import MissingPackageError, TrainingError, first_line
 from nmgraph.training.controller import Controller
 
 try:
-    from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 except ImportError as error:
     try:
-        from pytorch_lightning import Callback  # the same under its older name
+        from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler  # its older name
     except ImportError:
         raise MissingPackageError(
             f"nmgraph.integrations.lightning needs lightning: {first_line(error)}. Install it: pip install lightning."
@@ -31,20 +31,19 @@ class SparseTraining(Callback):  # type: ignore[misc, unused-ignore]
         controller: what ``nmgraph.attach`` gave; None before training.
 
     Raises:
-        TrainingError: when training begins, if the module has no sparse layer, more than one optimizer or manual optimization,
-            or if the Trainer has no end, or averages buffers.
+        TrainingError: when training begins, if the module has no sparse layer, if the steps of its run can't be counted
+            beforehand, or if a callback averages buffers.
     """
 
     controller: Controller | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach; by now the checkpoint of a resumed run is loaded."""
-        held = len(trainer.optimizers)
-        if held != 1 or not pl_module.automatic_optimization:
+        unknown = _uncounted(trainer, pl_module)
+        if unknown:
             raise TrainingError(
-                f"{type(pl_module).__name__} {'takes its steps by hand' if held == 1 else f'has {held} optimizers'}, so "
-                "SparseTraining can't tell which steps count. Leave it out, and attach in the module's on_train_start: "
-                "nmgraph.attach(self, optimizer, total_steps=...)."
+                f"{unknown}, so SparseTraining can't tell which steps count. Leave it out, and attach in the module's "
+                "on_train_start: nmgraph.attach(self, optimizer, total_steps=...)."
             )
         total_steps = trainer.estimated_stepping_batches
         if not math.isfinite(total_steps) or total_steps < 1:
@@ -65,3 +64,15 @@ class SparseTraining(Callback):  # type: ignore[misc, unused-ignore]
         update = getattr(self.controller, "update", None)
         if update is not None:
             update()
+
+
+def _uncounted(trainer: Any, module: Any) -> str | None:
+    """Say why Lightning's count is not that of the steps which train the sparse layers; None if it is."""
+    name, held = type(module).__name__, len(trainer.optimizers)
+    if held != 1:
+        return f"{name} has {held} optimizers"
+    if not module.automatic_optimization:
+        return f"{name} takes its steps by hand"
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        return "GradientAccumulationScheduler changes how many batches make a step"
+    return None

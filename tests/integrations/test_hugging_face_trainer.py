@@ -25,7 +25,7 @@ TINY = {
     "max_position_embeddings": 8, "num_labels": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 
-QUICK = ("bame", "lbc", "rigl")
+QUICK = ("lbc", "rigl")
 
 
 class Tokens(Dataset):

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, WeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -129,9 +129,9 @@ class Endless(IterableDataset):
         return iter(batches().dataset)
 
 
-def refusal(module, loader=None, **options):
+def refusal(module, loader=None, *callbacks, **options):
     with pytest.raises(TrainingError) as caught:
-        trainer_of(SparseTraining(), **options).fit(module, batches() if loader is None else loader)
+        trainer_of(SparseTraining(), *callbacks, **options).fit(module, batches() if loader is None else loader)
     return str(caught.value)
 
 
@@ -142,12 +142,21 @@ def test_a_module_that_was_not_converted_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("module", "what"), [(Manual, "Manual takes its steps by hand"), (TwoOptimizers, "TwoOptimizers has 2 optimizers")]
+    ("module", "callbacks", "what"),
+    [
+        (Manual, [], "Manual takes its steps by hand"),
+        (TwoOptimizers, [], "TwoOptimizers has 2 optimizers"),
+        (
+            Classifier,
+            [GradientAccumulationScheduler({0: 4, 1: 1})],
+            "GradientAccumulationScheduler changes how many batches make a step",
+        ),
+    ],
 )
-def test_steps_that_lightning_does_not_count_are_refused(module, what):
+def test_steps_that_lightning_does_not_count_are_refused(module, callbacks, what):
     module = module()
-    module.automatic_optimization = False
-    assert refusal(module) == (
+    module.automatic_optimization = bool(callbacks)
+    assert refusal(module, None, *callbacks) == (
         f"{what}, so SparseTraining can't tell which steps count. Leave it out, and attach in the module's "
         "on_train_start: nmgraph.attach(self, optimizer, total_steps=...)."
     )
