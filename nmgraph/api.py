@@ -31,7 +31,7 @@ from nmgraph.methods import find_preset, make_method
 from nmgraph.methods.contract import Method, Preset
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import find_sites
-from nmgraph.passes.finalize import fold, require_finished
+from nmgraph.passes.finalize import fold, require_finished, require_whole_recipes
 from nmgraph.passes.fold_batchnorm import fold_batchnorms
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
 from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, require_same_answer
@@ -295,6 +295,8 @@ def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
         ConversionError: if the model was not converted.
         UnfinishedError: if masks are not N:M yet, saying what is missing.
     """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"a {type(model).__name__} can't be finalized; {_model_inside(model)}")
     blended = blends_buffers(model)
     model = unwrapped(model)
     require_manifest(model)
@@ -510,11 +512,13 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
             ``"timm:NAME"`` or ``"torchvision:NAME"``, which ``load`` then makes without being told again.
 
     Raises:
+        ConversionError: if an average has blended its buffers, so that what it is could not be read back.
         FileError: if it cannot be written; an old file is unchanged then.
     """
-    path = Path(path)
+    path, model = Path(path), unwrapped(model)
     require_writable(path, overwrite=True)
-    write_nm_file(unwrapped(model), path, factory)
+    require_whole_recipes(model)
+    write_nm_file(model, path, factory)
 
 
 def load(path: str | Path, *, model: nn.Module | str | None = None, trust: Sequence[str] = ()) -> nn.Module:

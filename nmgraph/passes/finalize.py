@@ -17,6 +17,8 @@ from nmgraph.passes.rewrite import finish
 
 _log = logging.getLogger("nmgraph")
 
+TAKE_MASKS = "The average of a trained model takes that model's masks first: nmgraph.integrations.averages.take_masks(average, model)."
+
 
 def require_finished(model: nn.Module) -> None:
     """Refuse a model whose masks are not N:M yet.
@@ -40,15 +42,22 @@ def require_finished(model: nn.Module) -> None:
     where = f"{step:,} of {total:,} steps are done" if total else never
     shown = [f"{n}: {missing}" for n, missing in list(unfinished.items())[:4]]
     more = f"\n  and {len(unfinished) - 4} more layers" if len(unfinished) > 4 else ""
-    average = (
-        " The average of a trained model takes that model's masks first: "
-        "nmgraph.integrations.averages.take_masks(average, model)."
-    )
     raise UnfinishedError(
         f"{len(unfinished)} layers are not N:M yet ({weights[name].told}; {where}):\n  " + "\n  ".join(shown) + more
         + "\nTrain to the end, or use --force (force=True) to prune now by what the method knows."
-        + ("" if step else average)
+        + ("" if step else f" {TAKE_MASKS}")
     )  # fmt: skip
+
+
+def require_whole_recipes(model: nn.Module) -> None:
+    """Refuse a model whose buffers an average has blended.
+
+    Raises:
+        ConversionError: naming the first layer.
+    """
+    for name, weight in masked_weights(model).items():
+        if _is_blended(weight):
+            raise ConversionError(f"{name}: an average has blended its nm_ buffers. {TAKE_MASKS}")
 
 
 def _at_end(weight: MaskedWeight) -> bool:
@@ -149,9 +158,8 @@ def _log_kept(magnitudes: Mapping[str, tuple[float, float]], anew: list[str]) ->
     said = f"masks keep {share:.1%} of the weights' magnitude; least in {worst}, {shares[worst]:.1%}"
     if anew:
         _log.warning(
-            "%d layers (%s, ...): an average has blended their nm_ buffers, so their masks were chosen anew; all %s. For the "
-            "trained model's own masks, call nmgraph.integrations.averages.take_masks(average, model) first.",
-            len(anew), anew[0], said,
+            "%d layers (%s, ...): an average has blended their nm_ buffers, so their masks were chosen anew; all %s. %s",
+            len(anew), anew[0], said, TAKE_MASKS,
         )  # fmt: skip
     else:
         _log.info("the %s", said)

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from handles import nm
-from timm.utils import ModelEmaV2, ModelEmaV3
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from variants import VARIANTS
@@ -131,8 +131,8 @@ def test_masks_chosen_anew_are_reported_with_the_magnitude_they_keep(caplog):
     nmgraph.finalize(average)
     assert warnings_of(caplog) == [
         "2 layers (0, ...): an average has blended their nm_ buffers, so their masks were chosen anew; all masks keep 71.4% "
-        "of the weights' magnitude; least in 1, 50.0%. For the trained model's own masks, call "
-        "nmgraph.integrations.averages.take_masks(average, model) first."
+        "of the weights' magnitude; least in 1, 50.0%. The average of a trained model takes that model's masks first: "
+        "nmgraph.integrations.averages.take_masks(average, model)."
     ]
 
 
@@ -172,3 +172,24 @@ def test_masks_are_taken_from_a_model_that_is_sparse_in_the_same_way_only():
     )
     with pytest.raises(ConversionError, match=r"^Linear is not sparse in the same way"):
         take_masks(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def test_a_blended_average_is_saved_once_it_has_taken_the_masks(tmp_path):
+    model, averages = averages_of("lbc")
+    average = copy.deepcopy(averages["timm v2"])
+    with pytest.raises(ConversionError) as caught:
+        nmgraph.save(average, tmp_path / "average.nm.pt")
+    assert str(caught.value) == (
+        "0: an average has blended its nm_ buffers. The average of a trained model takes that model's masks first: "
+        "nmgraph.integrations.averages.take_masks(average, model)."
+    )
+    assert list(tmp_path.iterdir()) == []
+    take_masks(average, model)
+    nmgraph.save(average, tmp_path / "average.nm.pt")
+    assert nmgraph.verify(nmgraph.finalize(nmgraph.load(tmp_path / "average.nm.pt"))).holds
+
+
+def test_what_only_holds_an_average_is_refused_with_where_it_is():
+    with pytest.raises(ConversionError) as caught:
+        nmgraph.finalize(ModelEma(network("srste")))
+    assert str(caught.value) == "a ModelEma can't be finalized; it holds the model: give its .ema."
