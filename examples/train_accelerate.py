@@ -43,7 +43,7 @@ def train(out: Path, epochs: int) -> nn.Module:
     loader = DataLoader(digits(), batch_size=BATCH, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     steps = -(-len(loader) // ACCUMULATED)  # of an epoch, on this process; the last one may be short
-    controller = nmgraph.attach(model, optimizer.optimizer, total_steps=EPOCHS * steps)
+    controller = nmgraph.attach(model, optimizer, total_steps=EPOCHS * steps)
     if (out / "state").exists():
         accelerator.load_state(out / "state")
     for _ in range(controller.step // steps, epochs):

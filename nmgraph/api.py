@@ -300,6 +300,7 @@ def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
     blended = blends_buffers(model)
     model = unwrapped(model)
     require_manifest(model)
+    _require_gathered(model)
     if not masked_weights(model):
         raise ConversionError(f"{type(model).__name__} is finalized already.")
     if not (force or blended):
@@ -517,6 +518,7 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
     """
     path, model = Path(path), unwrapped(model)
     require_writable(path, overwrite=True)
+    _require_gathered(model)
     require_whole_recipes(model)
     write_nm_file(model, path, factory)
 
@@ -565,6 +567,16 @@ def _require_plain(model: Any) -> None:
     sharded = find_sharded(model)
     if sharded:
         raise ConversionError(f"{sharded}. Convert the model before it is sharded, and shard it after.")
+
+
+def _require_gathered(model: nn.Module) -> None:
+    sharded = find_sharded(model)
+    if sharded:
+        raise ConversionError(
+            f"{sharded}. Gather it first, into a model that is converted the same way: "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict, and load_state_dict on one process."
+        )
 
 
 def _model_inside(value: Any) -> str:

@@ -61,9 +61,8 @@ class SparseTraining(Callback):  # type: ignore[misc, unused-ignore]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Run the method on the unscaled gradient, before Lightning clips it."""
-        update = getattr(self.controller, "update", None)
-        if update is not None:
-            update()
+        if self.controller is not None:
+            self.controller.update()
 
 
 def _uncounted(trainer: Any, module: Any) -> str | None:

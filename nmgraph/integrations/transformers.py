@@ -42,5 +42,4 @@ class SparseTraining(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any
     ) -> None:
         """Attach; by now the checkpoint of a resumed run is loaded."""
-        # Accelerate wraps the optimizer in one that never runs hooks.
-        self.controller = attach(model, getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps)
+        self.controller = attach(model, optimizer, total_steps=state.max_steps)

@@ -13,6 +13,7 @@ one parameter and its buffers.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -24,10 +25,24 @@ from nmgraph.errors import ConversionError
 from nmgraph.layers.input_gradient import split_forward
 from nmgraph.layers.kinds import is_layer
 from nmgraph.layers.recipe import Recipe
+from nmgraph.layers.sharding import (
+    Beside,
+    Layout,
+    is_per_weight,
+    is_sharded,
+    layout_of,
+    local,
+    shard,
+    spread,
+    state_layout,
+    whole,
+)
 from nmgraph.methods.contract import Operand
-from nmgraph.nm.grouping import canonical, in_memory_order, memory_order, out_of_memory_order, restore
+from nmgraph.nm.grouping import canonical, in_memory_order, memory_order, out_of_memory_order, restore_like
 
 PREFIX = "nm_"
+# Of fully_shard, of RowwiseParallel, and of FullyShardedDataParallel, which attach then refuses.
+_SHARDING = ("reset_sharded_param", "_partition_linear_fn", "_safe_setattr_tensor_or_param")
 
 _CLASSES: dict[
     tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]
@@ -107,8 +122,8 @@ class MaskedWeight:
         raw = self.layer._parameters.get(self.key)
         if raw is None:
             raise RuntimeError(
-                f"{self.site}: its weight was taken away after conversion, by a parametrization such as weight_norm. "
-                "Finalize the model first, or leave the layer dense."
+                f"{self.site}: its weight was taken away after conversion, by a parametrization such as weight_norm or by "
+                "FullyShardedDataParallel. Finalize the model first, or leave the layer dense; shard with fully_shard."
             )
         return raw
 
@@ -121,60 +136,93 @@ class MaskedWeight:
     def state(self) -> Any:
         """The method's state: a NamedTuple of the module's buffers."""
         kind: Any = self.told.method.state_type
-        return kind(**{name: self._buffer(name) for name in kind._fields})
+        return kind(**{name: self.buffer(name) for name in kind._fields})
 
     @state.setter
     def state(self, state: Any) -> None:
         for name, value in state._asdict().items():
-            buffer = self._buffer(name)
+            buffer = self.buffer(name)
             if buffer is not value:
                 buffer.copy_(value)
 
     @property
     def clock(self) -> Tensor:
         """int64 ``[2]``: steps done, steps of the whole run."""
-        return self._buffer("clock")
+        return self.buffer("clock")
 
     @property
     def recipe(self) -> Tensor:
         """What it was told to be, as the bytes that travel with the state."""
-        return self._buffer("recipe")
+        return self.buffer("recipe")
 
     def operand(self) -> Operand:
         """Compute what the module multiplies by, each in the raw parameter's shape and memory format."""
         told, raw = self.told, self.raw
-        forward, backward = told.method.operand(self.raw_OSC, self.state, told.pattern)
-        forward = self._in_own_shape(forward, raw)
+        across = told.method.operand_looks_across
+        seen = whole(raw) if across else local(raw)
+        layout = self._state_layout() if is_sharded(raw) and not across else None
+        operand = told.method.operand(canonical(seen, told.reduction_axis), self.state_beside(layout), told.pattern)
+        forward, backward = (None if t is None else restore_like(seen, t, told.reduction_axis) for t in operand)
+        if is_sharded(raw):
+            forward, backward = (None if t is None else spread(t, raw, across) for t in (forward, backward))
+        assert forward is not None
         if not torch.compiler.is_compiling():
             self._watch_training(forward)
-        return Operand(forward, None if backward is None else self._in_own_shape(backward, raw))
+        return Operand(forward, backward)
 
     def mask(self) -> Tensor:
-        """Compute the current forward mask: bool, in the raw parameter's shape; training on does not change it."""
-        told = self.told
-        mask_OSC = told.method.mask(self.raw_OSC.detach(), self.state, told.pattern)
-        return self._in_own_shape(mask_OSC, self.raw).clone()
+        """Compute the current forward mask: bool, in the raw parameter's shape; training on does not change it.
+
+        A mask that lies in parts on several processes is gathered, for which each of them has to ask.
+        """
+        told, raw = self.told, whole(self.raw.detach())
+        mask_OSC = told.method.mask(canonical(raw, told.reduction_axis), self.state_beside(None), told.pattern)
+        return restore_like(raw, mask_OSC, told.reduction_axis).clone()
 
     def unfinished(self) -> str | None:
-        """Say what is missing until the mask is N:M; None when it is."""
+        """Say what is missing until the mask is N:M; None when it is. Gathers as :meth:`mask` does."""
         told = self.told
-        return told.method.unfinished(self.raw_OSC.detach(), self.state, told.pattern)
+        w_OSC = canonical(whole(self.raw.detach()), told.reduction_axis)
+        return told.method.unfinished(w_OSC, self.state_beside(None), told.pattern)
 
-    def _buffer(self, name: str) -> Tensor:
+    def state_beside(self, layout: Layout | None) -> Any:
+        """Give the state as it belongs beside a part of the weight, or beside the whole of it.
+
+        What is gathered for that is gathered when it is asked for: an operand needs a mask, but no scores.
+        """
+        if layout is None and not self.state_is_sharded:
+            return self.state
+        return Beside(self.buffer, layout)
+
+    @property
+    def state_is_sharded(self) -> bool:
+        """Tell whether the state lies in parts on several processes."""
+        return any(is_sharded(self.buffer(name)) for name in self.told.method.state_type._fields)  # type: ignore[attr-defined]
+
+    def shard_state(self) -> None:
+        """Let the state lie where the parts of a sharded weight lie.
+
+        Raises:
+            TrainingError: if the weight is sharded in a way that cuts blocks.
+        """
+        if not is_sharded(self.raw):
+            return
+        layout = self._state_layout()
+        for name in buffer_names(self.key, self.told):
+            buffer = self.layer._buffers[name]
+            assert buffer is not None
+            if not (is_sharded(buffer) and layout_of(buffer) == layout):
+                buffer = whole(buffer)  # tensor parallelism makes its own of all buffers
+                self.layer._buffers[name] = shard(buffer, layout) if is_per_weight(buffer) else buffer
+
+    def _state_layout(self) -> Layout:
+        return state_layout(self.raw, self.told.reduction_axis, self.told.pattern.m, self.site)
+
+    def buffer(self, name: str) -> Tensor:
+        """Give one of the buffers that stand beside the parameter."""
         buffer = self.layer._buffers[_prefix(self.key) + name]
         assert buffer is not None
         return buffer
-
-    def _in_own_shape(self, t_OSC: Tensor, raw: Tensor) -> Tensor:
-        out = restore(t_OSC, tuple(raw.shape), self.told.reduction_axis)
-        # A mask is sorted along C; without this, a convolution would be handed a channels_last weight, choose other
-        # kernels for it, and answer with another memory format than the layer had before. For 1x1 kernels, too,
-        # where is_contiguous() is true of both.
-        if _has_plain_strides(raw):
-            return out.reshape(-1).view(raw.shape)
-        if raw.dim() == 4:
-            return out.contiguous(memory_format=torch.channels_last)
-        return out
 
     def _watch_training(self, operand: Tensor) -> None:
         """Warn once if the weight has changed since a gradient came back, and no optimizer runs the method's steps."""
@@ -202,7 +250,7 @@ class MaskedWeight:
 
     def _fingerprint(self) -> float:
         # Not the tensor's version: fused optimizers do not count it up.
-        return float(self.raw.detach().flatten()[:256].double().sum())
+        return float(local(self.raw.detach()).flatten()[:256].double().sum())
 
 
 class Masked(nn.Module):
@@ -223,6 +271,9 @@ class Masked(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         names = [n for key, note in self.nm_notes.items() if not note.leader for n in buffer_names(key, note.told)]
+        for key, note in self.nm_notes.items():
+            if not note.leader:
+                MaskedWeight(self, key).shard_state()
         own = {name: self._buffers.pop(name) for name in names}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -230,10 +281,7 @@ class Masked(nn.Module):
             self._buffers.update(own)
         for name, before in own.items():
             assert before is not None
-            order = memory_order(before)
-            laid = in_memory_order(before, order)
-            # Flat, as a memory format is about weights.
-            after = out_of_memory_order(fn(laid.flatten()).reshape(laid.shape), order)
+            after = _applied(fn, before)
             # So are model.half() and .to(bfloat16); scores and averages would drown in so few bits.
             self._buffers[name] = after if after.dtype == before.dtype else before.to(device=after.device)
         for note in self.nm_notes.values():
@@ -394,6 +442,15 @@ def buffer_names(key: str, told: Recipe) -> list[str]:
     return [_prefix(key) + name for name in (*told.method.state_type._fields, "clock", "recipe")]  # type: ignore[attr-defined]
 
 
+def _applied(fn: Any, buffer: Tensor) -> Tensor:
+    if is_sharded(buffer):
+        return fn(buffer)  # type: ignore[no-any-return]
+    order = memory_order(buffer)
+    laid = in_memory_order(buffer, order)
+    # Flat, as a memory format is about weights.
+    return out_of_memory_order(fn(laid.flatten()).reshape(laid.shape), order)
+
+
 def _give_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     object.__setattr__(layer, "__class__", cls)  # a module may have a __setattr__ of its own
 
@@ -431,7 +488,10 @@ def _masked_property(key: str) -> property:
     def read(self: Masked) -> Tensor:
         note = self.nm_notes[key]
         try:
-            return MaskedWeight(*(note.leader or (self, key))).operand().forward
+            masked = MaskedWeight(*(note.leader or (self, key)))
+            if _wants_the_parameter():
+                return masked.raw
+            return masked.operand().forward
         except AttributeError as error:
             # nn.Module would answer an AttributeError with the raw, dense parameter.
             raise RuntimeError(f"{note.site}: the masked weight could not be computed: {error}") from error
@@ -443,13 +503,12 @@ def _masked_property(key: str) -> property:
     return property(read, write)
 
 
-def _has_plain_strides(t: Tensor) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def _wants_the_parameter() -> bool:
+    """Tell whether who reads the attribute looks for the parameter itself, as torch does where it shards models.
+
+    Given the masked weight, ``fully_shard`` would take that for the parameter, and train it instead.
+    """
+    return not torch.compiler.is_compiling() and sys._getframe(2).f_code.co_name in _SHARDING
 
 
 def _rebuild(base: type[nn.Module], keys: tuple[str, ...], splits: bool) -> nn.Module:

@@ -146,6 +146,14 @@ class BAME(Method[BAMEState]):
             return None
         return f"no mask adaption falls between t_i and t_f, as interval={self.interval}. Set a smaller interval"
 
+    @property
+    def operand_looks_across(self) -> bool:
+        """The backward mask's blocks run over rows."""
+        return self.bidirectional
+
+    def update_looks_across(self, clock: Clock) -> bool:
+        return self.adapts(clock.step, clock.total_steps) or self._permutes(clock)
+
     def init(self, w_OSC: Tensor, pattern: Pattern) -> BAMEState:
         rows, device = w_OSC.shape[0], w_OSC.device
         state = BAMEState(
@@ -176,7 +184,7 @@ class BAME(Method[BAMEState]):
         # After a resume with another total the gradient may not be the dense one; the adaption then falls out.
         if self.scores(clock.step, clock.total_steps) and bool(state.dense):
             state = self._adapt(w_OSC, grad_OSC, state, pattern, clock)
-        if self.bidirectional and self.candidates and clock.step % self.interval == 0:
+        if self._permutes(clock):
             draws = generator(state.seed, clock.step)
             permutation = find_permutation(
                 state.mask, state.permutation, pattern, self.search, self.candidates, "blocks", draws
@@ -189,6 +197,9 @@ class BAME(Method[BAMEState]):
 
     def conclude(self, w_OSC: Tensor, state: BAMEState, pattern: Pattern) -> BAMEState:
         return self._prune(w_OSC, state, pattern.n, pattern)
+
+    def _permutes(self, clock: Clock) -> bool:
+        return self.bidirectional and bool(self.candidates) and clock.step % self.interval == 0
 
     def _prune(self, w_OSC: Tensor, state: BAMEState, keep: int, pattern: Pattern) -> BAMEState:
         """Keep the largest of those still kept: in the gradual phase nothing comes back."""

@@ -110,6 +110,14 @@ class BiMask(Method[BiMaskState]):
         """Its backward mask is a part of the forward one."""
         return self.backward_mask
 
+    @property
+    def operand_looks_across(self) -> bool:
+        """The backward mask's blocks run over rows."""
+        return self.backward_mask
+
+    def update_looks_across(self, clock: Clock) -> bool:
+        return self._permutes(clock) or self.criterion in ("multinomial", "random")
+
     def init(self, w_OSC: Tensor, pattern: Pattern) -> BiMaskState:
         seed = seed_of(w_OSC, self.seed)
         identity = torch.arange(w_OSC.shape[0], device=w_OSC.device)
@@ -129,7 +137,7 @@ class BiMask(Method[BiMaskState]):
         return Operand(forward, column_sparse(forward, state.permutation, pattern, scores_OSC=scores))
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, pattern: Pattern, clock: Clock) -> Update:
-        if self.permute and self.backward_mask and clock.step % self.interval == 0:
+        if self._permutes(clock):
             mask, draws = self.mask(w_OSC, state, pattern), generator(state.seed, clock.step)
             permutation = find_permutation(
                 mask, state.permutation, pattern, self.search, self.candidates, self.objective, draws
@@ -138,6 +146,9 @@ class BiMask(Method[BiMaskState]):
         if self.criterion != "weight":
             state = state._replace(salience=self._salience(w_OSC, grad_OSC, state, clock))
         return Update(state, refined_by_magnitude(grad_OSC, w_OSC, pattern, self.decay))
+
+    def _permutes(self, clock: Clock) -> bool:
+        return self.permute and self.backward_mask and clock.step % self.interval == 0
 
     def _salience(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, clock: Clock) -> Tensor:
         if self.criterion == "gradient":

@@ -136,6 +136,18 @@ class Method(ABC, Generic[State]):
         """Tell whether training without ``attach`` would not be this method."""
         return True
 
+    @property
+    def operand_looks_across(self) -> bool:
+        """Tell whether what a block multiplies by, or its mask, depends on other blocks."""
+        return False
+
+    def update_looks_across(self, clock: Clock) -> bool:
+        """Tell whether an update decides about a block by others, or draws for the weight as a whole.
+
+        Where neither looks across, a process that holds some rows of a weight does without the others.
+        """
+        return False
+
     def refusal(self, pattern: Pattern) -> str | None:
         """Say why the method cannot take a pattern, with the nearest choice; None if it can."""
         return None

@@ -90,6 +90,14 @@ class MaxQ(Method[MaxQState]):
         """Give r, the share of the blocks that are dense by then."""
         return 1.0 - CURVES[self.curve](ramp(progress, self.t_i, self.t_f))
 
+    @property
+    def operand_looks_across(self) -> bool:
+        """Blocks become sparse in an order over the layer."""
+        return True
+
+    def update_looks_across(self, clock: Clock) -> bool:
+        return self.decay > 0
+
     def init(self, w_OSC: Tensor, pattern: Pattern) -> MaxQState:
         return MaxQState(torch.tensor(self.dense_share(0.0), device=w_OSC.device))
 

@@ -81,6 +81,9 @@ class RigL(Method[RigLState]):
             return None
         return f"the mask never changes before t_f, as interval={self.interval}. Set a smaller interval"
 
+    def update_looks_across(self, clock: Clock) -> bool:
+        return self.changes(clock)
+
     def init(self, w_OSC: Tensor, pattern: Pattern) -> RigLState:
         drawn = Static(seed=self.seed).init(w_OSC, pattern).mask
         return RigLState(drawn, torch.tensor(False, device=w_OSC.device))

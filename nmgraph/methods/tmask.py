@@ -68,6 +68,9 @@ class TMask(Method[TMaskState]):
         check_range(self.name, "interval", self.interval, 1, math.inf, "the paper's is 40")
         check_range(self.name, "decay", self.decay, 0.0, math.inf)
 
+    def update_looks_across(self, clock: Clock) -> bool:
+        return self._searches(clock)
+
     def init(self, w_OSC: Tensor, pattern: Pattern) -> TMaskState:
         return TMaskState(transposable_mask(w_OSC, pattern))
 
@@ -80,6 +83,9 @@ class TMask(Method[TMaskState]):
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: TMaskState, pattern: Pattern, clock: Clock) -> Update:
         if self.decay:
             grad_OSC = refined(grad_OSC, w_OSC, state.mask, self.decay)
-        if clock.step > 0 and clock.step % self.interval == 0:
+        if self._searches(clock):
             state = TMaskState(transposable_mask(w_OSC, pattern))
         return Update(state, grad_OSC)
+
+    def _searches(self, clock: Clock) -> bool:
+        return clock.step > 0 and clock.step % self.interval == 0

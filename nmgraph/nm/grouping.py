@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from typing import Final, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 Axis: TypeAlias = "int | Literal['flat']"
@@ -76,6 +77,28 @@ def restore(t_OSC: Tensor, shape: tuple[int, ...], axis: Axis = 1) -> Tensor:
     return t_OSC.reshape(moved).movedim(-1, axis)
 
 
+def restore_like(weight: Tensor, t_OSC: Tensor, axis: Axis = 1) -> Tensor:
+    """Undo :func:`canonical` of ``weight``: give the values in its shape and its memory format."""
+    out = restore(t_OSC, tuple(weight.shape), axis)
+    # A mask is sorted along C; without this, a convolution would be handed a channels_last weight, choose other
+    # kernels for it, and answer with another memory format than the layer had before. For 1x1 kernels, too,
+    # where is_contiguous() is true of both.
+    if _has_plain_strides(weight):
+        return out.reshape(-1).view(weight.shape)
+    if weight.dim() == 4:
+        return out.contiguous(memory_format=torch.channels_last)
+    return out
+
+
+def _has_plain_strides(t: Tensor) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def memory_order(t: Tensor) -> list[int]:
     """List the axes of a tensor as they lie in memory, the one with the largest steps first.
 
@@ -106,4 +129,4 @@ def out_of_memory_order(laid: Tensor, order: list[int]) -> Tensor:
 
 def blocks(t_OSC: Tensor, m: int) -> Tensor:
     """Split the reduction axis into blocks: ``[O, S, C] -> [O, S, G, M]``."""
-    return t_OSC.reshape(*t_OSC.shape[:-1], -1, m)
+    return t_OSC.reshape(*t_OSC.shape[:-1], t_OSC.shape[-1] // m, m)

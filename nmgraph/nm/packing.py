@@ -55,7 +55,7 @@ def pack_bits(flags: Tensor) -> Tensor:
     tensor([5], dtype=torch.uint8)
     """
     padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8))
-    bits = padded.reshape(*padded.shape[:-1], -1, 8)
+    bits = padded.reshape(*padded.shape[:-1], padded.shape[-1] // 8, 8)
     return (bits * _bit_values(flags.device)).sum(-1, dtype=torch.uint8)
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import operator
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nmgraph.errors import TrainingError
 from nmgraph.layers.masked import MaskedWeight, masked_weights
+from nmgraph.layers.sharding import local
 from nmgraph.methods.contract import Clock
-from nmgraph.nm.grouping import canonical, restore
 from nmgraph.training.optimizer_state import clear_moments
+from nmgraph.training.ranks import require_equal_ranks
+from nmgraph.training.step import all_finite, update_weight
+from nmgraph.training.wrapped_optimizers import chain_of
 
 _log = logging.getLogger("nmgraph")
 
@@ -32,17 +37,24 @@ class Controller:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         self.total_steps = _count(total_steps)
-        self._optimizer = optimizer
-        self._weights = _weights_trained_by(optimizer, model)
+        self._optimizers = _optimizers_in(optimizer, model)
+        self._weights = _weights_trained_by(self._optimizers, model)
         self._first = next(iter(self._weights.values()))  # all of them count the same steps
         self._clocks: dict[str, tuple[Tensor, int, int]] = {}  # buffer, its version, the step it holds
-        self._fresh = True
+        self._fresh, self._updated = True, False
+        self._said: set[str] = set()
+        for weight in self._weights.values():
+            weight.shard_state()
         self._take_over()
         for method in {weight.told.method for weight in self._weights.values()}:
             missing = method.too_short(self.total_steps)
             if missing:
                 _log.warning("%s in %d steps: %s.", method.name, self.total_steps, missing)
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._hooks = [
+            self._optimizers[-1].register_step_pre_hook(self._before_step),
+            register_optimizer_step_pre_hook(_noticing(self)),
+        ]
+        weakref.finalize(self, self._hooks[-1].remove)
 
     @property
     def step(self) -> int:
@@ -53,6 +65,26 @@ class Controller:
     def progress(self) -> float:
         """Share of the run that is done, 0 to 1."""
         return min(1.0, self.step / self.total_steps)
+
+    def update(self) -> None:
+        """Do what belongs to the coming step now, instead of in ``optimizer.step``.
+
+        To be called where gradients are clipped: after ``scaler.unscale_(optimizer)``, and before
+        ``clip_grad_norm_``. Criteria that look at gradients then see them unclipped.
+        """
+        if not self._updated:
+            self._updated = self._update()
+
+    def check_ranks(self, group: Any = None) -> None:
+        """Make sure that all processes have the same masks and the same schedule. All of them have to call it.
+
+        Args:
+            group: of ``torch.distributed``, those that train the same model; by default all processes.
+
+        Raises:
+            TrainingError: naming the first layer that differs, and where.
+        """
+        require_equal_ranks(self._weights, group)
 
     def detach(self) -> None:
         """Stop updating: masks stay as they are, and the optimizer is as it was before ``attach``."""
@@ -74,36 +106,65 @@ class Controller:
             weight = self._weights.pop(name)
             del weight.training.attached[weight.site]
         if not self._weights:
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._update()
+            self._take_step()
             return None
-        wrapped = _then_once(closure, self._update)  # this step's gradient does not exist before the closure ran
+        wrapped = _then_once(closure, self._take_step)  # this step's gradient does not exist before the closure ran
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def _take_step(self) -> None:
         # A fused optimizer under GradScaler unscales, and skips, inside its kernel: the gradient here is scaled.
-        found_inf = getattr(self._optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        if any(bool(found) for found in self._told_by_scaler("found_inf")):
             return
-        scale = getattr(self._optimizer, "grad_scale", None)
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        moved = [self._read_clock(name, weight) for name, weight in self._weights.items()]
-        fresh, self._fresh = self._fresh or any(moved), False
+        if not self._updated and not self._update():
+            self._say("the gradient is NaN or infinite: masks are left as they are at such steps.")
+        self._updated = False
         for name, weight in self._weights.items():
-            step, group = self._advance_clock(name, weight), groups.get(id(weight.raw), {"lr": 0.0})
+            weight.clock[0] += 1
+            clock, _, step = self._clocks[name]
+            self._clocks[name] = (clock, clock._version, step + 1)
+
+    @torch.no_grad()
+    def _update(self) -> bool:
+        """Update all weights; tell whether the gradient allowed for it."""
+        scale = next(iter(self._told_by_scaler("grad_scale")), None)
+        # An outer optimizer has all groups; those inside ZeroRedundancyOptimizer hold what this process steps.
+        groups = {id(p): group for o in reversed(self._optimizers) for group in o.param_groups for p in group["params"]}
+        moved = [self._read_clock(name, weight) for name, weight in self._weights.items()]
+        self._fresh = self._fresh or any(moved)
+        if not all_finite(self._weights.values()):
+            self._fresh = True  # what has been left out is made up for
+            return False
+        for name, weight in self._weights.items():
+            group = groups.get(id(weight.raw))
+            if group is None:
+                self._say(
+                    f"{name}: the optimizer does not hold its weight any more, which was replaced after attach. Make the "
+                    "optimizer from the model as it is now, and attach again."
+                )
+                weight.shard_state()
+                group = {"lr": 0.0}
             # What turns the gradient as it stands into that of the loss that goes down.
             factor = (1.0 if scale is None else scale) * (-1.0 if group.get("maximize") else 1.0)
-            restart = _update_weight(weight, Clock(step, self.total_steps, group["lr"], fresh), factor)
+            clock = Clock(self._clocks[name][2], self.total_steps, group["lr"], self._fresh)
+            restart = update_weight(weight, clock, factor)
             if restart is not None:
-                weight.raw.masked_fill_(restart, 0.0)
-                clear_moments(self._optimizer, weight.raw, restart)
+                local(weight.raw).masked_fill_(restart, 0.0)
+                self._say_left(name, clear_moments(self._optimizers, weight.raw, restart))
+        self._fresh = False
+        return True
+
+    def _told_by_scaler(self, name: str) -> list[Any]:
+        told = (getattr(optimizer, name, None) for optimizer in self._optimizers)
+        return [value for value in told if value is not None]
 
     def _read_clock(self, name: str, weight: MaskedWeight) -> bool:
         """Read a clock again if loading or moving has changed it behind our back; tell whether it had."""
@@ -112,6 +173,7 @@ class Controller:
         if known is not None and known[0] is clock and known[1] == clock._version:
             return False
         step, total = clock.tolist()
+        same = known is not None and known[2] == step and total == self.total_steps  # DDP sends buffers round
         if total not in (0, self.total_steps):
             _log.warning(
                 "%s was %d of %d steps through its schedule; total_steps is %d now, so it goes on at %.1f%%.",
@@ -119,27 +181,67 @@ class Controller:
             )  # fmt: skip
         clock[1] = self.total_steps
         self._clocks[name] = (clock, clock._version, step)
-        return True
+        return not same
 
-    def _advance_clock(self, name: str, weight: MaskedWeight) -> int:
-        clock, _, step = self._clocks[name]
-        clock[0] += 1
-        self._clocks[name] = (clock, clock._version, step + 1)
-        return step
+    def _say(self, message: str) -> None:
+        """Warn, once."""
+        if message not in self._said:
+            self._said.add(message)
+            _log.warning("%s", message)
+
+    def _say_left(self, name: str, moments: list[str] | None) -> None:
+        kind = type(self._optimizers[-1])
+        if moments:
+            self._say(
+                f"{kind.__name__} keeps {', '.join(moments)} encoded, or for several weights at once: of weights that begin "
+                "anew they are not cleared."
+            )
+        elif moments is None and self._clocks[name][2] and not kind.__module__.startswith("torch.optim"):
+            self._say(
+                f"{kind.__name__} has no state of {name} where torch's optimizers have it: if it keeps moments elsewhere, "
+                "those of weights that begin anew are not cleared."
+            )
+
+    def _notice(self, optimizer: Optimizer) -> None:
+        """Warn if another optimizer steps a weight of ours."""
+        ours = {id(weight.raw): name for name, weight in self._weights.items()}
+        taken = next((ours[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in ours), None)
+        if taken is not None:
+            self._say(
+                f"{taken}: its weight is stepped by a {type(optimizer).__name__} that is not the optimizer attached, so its "
+                "masks are not updated. Attach again: nmgraph.attach(model, optimizer, total_steps=...)."
+            )
 
 
-def _weights_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, MaskedWeight]:
-    if not isinstance(model, nn.Module) or not hasattr(optimizer, "register_step_pre_hook"):
-        raise TrainingError(
-            f"attach takes a model and a torch optimizer, not a {type(model).__name__} and a {type(optimizer).__name__}: "
-            "nmgraph.attach(model, optimizer, total_steps=...)."
-        )
+def _noticing(controller: Controller) -> Callable[..., None]:
+    """Make a hook on every optimizer's step that does not keep the controller, nor its model, alive."""
+    own = weakref.ref(controller)
+    looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet(controller._optimizers)
+
+    def hook(optimizer: Optimizer, *_: Any) -> None:
+        if optimizer not in looked_at and (alive := own()) is not None:
+            looked_at.add(optimizer)
+            alive._notice(optimizer)
+
+    return hook
+
+
+def _optimizers_in(optimizer: Any, model: Any) -> list[Optimizer]:
+    if isinstance(optimizer, Optimizer) and isinstance(model, nn.Module):
+        return chain_of(optimizer)
+    raise TrainingError(
+        f"attach takes a model and a torch optimizer, not a {type(model).__name__} and a {type(optimizer).__name__}: "
+        "nmgraph.attach(model, optimizer, total_steps=...)."
+    )
+
+
+def _weights_trained_by(optimizers: list[Optimizer], model: nn.Module) -> dict[str, MaskedWeight]:
     weights = masked_weights(model)
     if not weights:
         raise TrainingError(
             f"{type(model).__name__} has no sparse layer. Convert it first: nmgraph.convert(model, method=...)."
         )
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     held = {name: weight for name, weight in weights.items() if id(weight.raw) in trained}
     if not held:
         raise TrainingError(
@@ -153,27 +255,6 @@ def _weights_trained_by(optimizer: Optimizer, model: nn.Module) -> dict[str, Mas
             len(others), ", ".join(others[:4]),
         )  # fmt: skip
     return held
-
-
-def _update_weight(weight: MaskedWeight, clock: Clock, factor: float | Tensor) -> Tensor | None:
-    """Update one weight; ``factor`` times the gradient of the loss is what stands in ``grad``.
-
-    Returns:
-        bool in the weight's shape, which weights begin anew; None if none do.
-    """
-    raw, told = weight.raw, weight.told
-    # A layer that took no part in this step has no gradient; its schedule goes on all the same.
-    grad = torch.zeros_like(raw) if raw.grad is None else _over(raw.grad, factor)
-    grad_OSC = canonical(grad, told.reduction_axis)
-    update = told.method.update(weight.raw_OSC, grad_OSC, weight.state, told.pattern, clock)
-    weight.state = update.state
-    if raw.grad is not None and update.grad is not grad_OSC:
-        raw.grad.copy_(restore(update.grad, tuple(raw.shape), told.reduction_axis) * factor)
-    return None if update.restart is None else restore(update.restart, tuple(raw.shape), told.reduction_axis)
-
-
-def _over(grad: Tensor, factor: float | Tensor) -> Tensor:
-    return grad if isinstance(factor, float) and factor == 1.0 else grad / factor
 
 
 def _count(total_steps: Any) -> int:

@@ -32,7 +32,7 @@ def prepared(method):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, optimizer = accelerator.prepare(net, optimizer)
-    return accelerator, model, optimizer, nmgraph.attach(model, optimizer.optimizer, total_steps=8)
+    return accelerator, model, optimizer, nmgraph.attach(model, optimizer, total_steps=8)
 
 
 def train(accelerator, model, optimizer, batches):

@@ -13,7 +13,6 @@ import nmgraph
 from nmgraph.errors import TrainingError
 from nmgraph.integrations.lightning import SparseTraining
 from nmgraph.methods import METHODS
-from nmgraph.training.controller import Controller
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -174,7 +173,6 @@ def test_training_without_a_known_end_is_refused(loader, options, steps):
     )
 
 
-@pytest.mark.skipif(not hasattr(Controller, "update"), reason="the controller can't be updated between two moments yet")
 def test_the_method_sees_the_gradient_before_it_is_clipped():
     options = {"decay": 10.0}  # so large that it has to be clipped, too
     clipped, plain = Classifier("srste", **options), Classifier("srste", **options)

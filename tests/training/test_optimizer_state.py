@@ -78,7 +78,7 @@ def test_moments_of_restarted_weights_are_zero_and_all_else_stays(make, moments)
     parameter, optimizer = stepped(make)
     restart = torch.rand(4, 8) < 0.4
     before = copy.deepcopy(optimizer.state[parameter])
-    clear_moments(optimizer, parameter, restart)
+    clear_moments([optimizer], parameter, restart)
     after = optimizer.state[parameter]
     assert before.keys() == after.keys()
     if not before.keys() - {"step"}:
@@ -104,7 +104,7 @@ def test_a_parameter_that_was_never_stepped_stays_without_state(make, moments):
     parameter = nn.Parameter(torch.randn(4, 8))
     optimizer = make([parameter])
     known = set(optimizer.state)  # some keep a state from the beginning
-    clear_moments(optimizer, parameter, torch.ones(4, 8, dtype=torch.bool))
+    clear_moments([optimizer], parameter, torch.ones(4, 8, dtype=torch.bool))
     assert set(optimizer.state) == known
 
 
@@ -116,14 +116,14 @@ def test_averages_of_weights_are_reset_too():
         optimizer.step()
     restart = torch.eye(4, 8, dtype=torch.bool)
     assert optimizer.state[parameter]["ax"].all()
-    clear_moments(optimizer, parameter, restart)
+    clear_moments([optimizer], parameter, restart)
     assert torch.equal(optimizer.state[parameter]["ax"] == 0, restart)
 
 
 def test_the_sum_of_adagrad_begins_again_at_its_initial_value():
     parameter, optimizer = stepped(lambda p: optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1))
     restart = torch.eye(4, 8, dtype=torch.bool)
-    clear_moments(optimizer, parameter, restart)
+    clear_moments([optimizer], parameter, restart)
     sums = optimizer.state[parameter]["sum"]
     assert (sums[~restart] > 0.1).all()
     assert torch.equal(sums[restart], torch.full((4,), 0.1))
@@ -137,7 +137,7 @@ def test_adafactor_stays_finite_where_its_factors_have_the_shape_of_the_weight(s
     for _ in range(3):
         parameter.grad = torch.randn(shape).masked_fill(restart, 0.0)
         if optimizer.state:
-            clear_moments(optimizer, parameter, restart)
+            clear_moments([optimizer], parameter, restart)
         optimizer.step()
         assert parameter.isfinite().all()
 
@@ -147,7 +147,7 @@ def test_step_sizes_of_rprop_stay_so_that_a_restarted_weight_can_move(options):
     parameter, optimizer = stepped(lambda p: optim.Rprop(p, lr=0.01, **options))
     sizes = optimizer.state[parameter]["step_size"].clone()
     restart = torch.ones(4, 8, dtype=torch.bool)
-    clear_moments(optimizer, parameter, restart)
+    clear_moments([optimizer], parameter, restart)
     assert torch.equal(optimizer.state[parameter]["step_size"], sizes)
     before = parameter.detach().clone()
     parameter.grad = torch.ones(4, 8)
@@ -161,7 +161,7 @@ def test_a_moment_in_another_memory_format_is_cleared_at_the_right_places():
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     restart = torch.rand(8, 4, 3, 3) < 0.5
-    clear_moments(optimizer, parameter, restart)
+    clear_moments([optimizer], parameter, restart)
     assert torch.equal(optimizer.state[parameter]["momentum_buffer"] == 0, restart)
 
 

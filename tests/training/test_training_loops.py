@@ -332,7 +332,7 @@ def test_a_layer_without_gradients_for_some_steps_ends_at_its_pattern_too(silent
     }
 
 
-def test_a_nan_in_one_gradient_does_not_poison_the_scores():
+def test_a_nan_in_one_gradient_does_not_poison_the_scores(caplog):
     model = network("lbc")
     optimizer = sgd(model)
     nmgraph.attach(model, optimizer, total_steps=STEPS)
@@ -342,7 +342,15 @@ def test_a_nan_in_one_gradient_does_not_poison_the_scores():
         if step == 3:
             nm(model[3]).raw.grad[0, :5] = torch.nan
             nm(model[3]).raw.grad[1, 7] = torch.inf
+            before = copy.deepcopy(model.state_dict())
         optimizer.step()
+        if step == 3:  # the optimizer has taken it, so the weights are lost
+            after = model.state_dict()
+            assert not after["3.weight"].isfinite().all()
+            assert all(torch.equal(before[n], after[n]) for n in after if ".nm_" in n and not n.endswith("nm_clock"))
+            for parameter in model.parameters():
+                parameter.data.nan_to_num_(0.0, 0.0, 0.0)
+    assert caplog.messages == ["the gradient is NaN or infinite: masks are left as they are at such steps."]
     for layer in masked_weights(model).values():
         assert torch.isfinite(nm(layer).state.accumulator).all()
         assert torch.isfinite(nm(layer).state.velocity).all()
