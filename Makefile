@@ -36,11 +36,11 @@ bench: $(INSTALLED)
 bindings: $(INSTALLED)
 	$(BIN)/python tests/export/bindings_wheels.py fetch
 
-# torch comes first and pinned, so that nothing after it pulls another build; torchvision, timm and transformers (tests only) come
-# without their dependencies, for the same reason.
+# torch comes first and pinned, so that nothing after it pulls another build; what needs torch itself (tests only) comes without
+# its dependencies, for the same reason.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,test,lint]" --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision timm transformers tokenizers --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision timm transformers tokenizers accelerate lightning lightning-utilities torchmetrics --constraint constraints.txt
 	@touch $@

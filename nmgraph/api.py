@@ -31,14 +31,22 @@ from nmgraph.methods import find_preset, make_method
 from nmgraph.methods.contract import Method, Preset
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import find_sites
-from nmgraph.passes.finalize import fold, require_finished
+from nmgraph.passes.finalize import fold, require_finished, require_whole_recipes
 from nmgraph.passes.fold_batchnorm import fold_batchnorms
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
 from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, require_same_answer
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
 from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, restrict, rewrite
-from nmgraph.passes.structure import copy_structure, duplicate, find_sharded, parameter_of, share_parameters, unwrapped
+from nmgraph.passes.structure import (
+    blends_buffers,
+    copy_structure,
+    duplicate,
+    find_sharded,
+    parameter_of,
+    share_parameters,
+    unwrapped,
+)
 from nmgraph.passes.trace import USUAL, Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
@@ -280,22 +288,25 @@ def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
     """Fold the masks into a copy of the model: ordinary layers of the original classes, exact zeros.
 
     Args:
-        model: a converted model, which is not changed; a wrapper around it (torch.compile, DDP, AveragedModel) is left away.
+        model: a converted model, which is not changed; a wrapper around it (torch.compile, DDP, an average) is left away.
         force: prune by what the method knows by now, if its masks are not N:M yet.
 
     Raises:
         ConversionError: if the model was not converted.
         UnfinishedError: if masks are not N:M yet, saying what is missing.
     """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"a {type(model).__name__} can't be finalized; {_model_inside(model)}")
+    blended = blends_buffers(model)
     model = unwrapped(model)
     require_manifest(model)
     _require_gathered(model)
     if not masked_weights(model):
         raise ConversionError(f"{type(model).__name__} is finalized already.")
-    if not force:
+    if not (force or blended):
         require_finished(model)
     finished = copy_structure(model, duplicate)
-    fold(finished)
+    fold(finished, blended=blended)
     return finished
 
 
@@ -417,7 +428,7 @@ def export(
     dtype, directory = dtype_of(precision, onnx), Path(directory)
     require_writable(directory, overwrite=overwrite)
     require_export_directory(directory)
-    model = unwrapped(model)
+    given, model = model, unwrapped(model)
     recorded = require_manifest(model)
     if hf:
         require_hugging_face(model)
@@ -427,7 +438,7 @@ def export(
     sparse = masked_weights(model)
     # Without force, finalize refuses what is unfinished.
     pruned = tuple(name for name, layer in sparse.items() if layer.unfinished()) if force else ()
-    finished = finalize(model, force=force) if sparse else copy_structure(model, duplicate)
+    finished = finalize(given, force=force) if sparse else copy_structure(model, duplicate)
     projected: tuple[Projection, ...] = ()
     if target is not None:
         projected, recorded = project_sites(finished, recorded, target)
@@ -502,12 +513,14 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
             ``"timm:NAME"`` or ``"torchvision:NAME"``, which ``load`` then makes without being told again.
 
     Raises:
+        ConversionError: if an average has blended its buffers, so that what it is could not be read back.
         FileError: if it cannot be written; an old file is unchanged then.
     """
-    path = Path(path)
+    path, model = Path(path), unwrapped(model)
     require_writable(path, overwrite=True)
     _require_gathered(model)
-    write_nm_file(unwrapped(model), path, factory)
+    require_whole_recipes(model)
+    write_nm_file(model, path, factory)
 
 
 def load(path: str | Path, *, model: nn.Module | str | None = None, trust: Sequence[str] = ()) -> nn.Module:

@@ -8,12 +8,12 @@ import torch
 from handles import nm
 from models import mlp
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from typer.testing import CliRunner
 
 import nmgraph
 from nmgraph.cli import app
-from nmgraph.errors import ConversionError, ExportError, FileError, UnfinishedError
+from nmgraph.errors import ConversionError, ExportError, FileError
 from nmgraph.export.inputs import parse_inputs
 
 WIDTH = 16  # of what models.mlp takes
@@ -77,18 +77,6 @@ def test_threads_that_save_to_one_place_do_not_disturb_each_other(tmp_path):
     assert errors == []
     assert [p.name for p in tmp_path.iterdir()] == ["model.nm.pt"]
     nmgraph.load(path)
-
-
-def test_an_average_that_mixed_our_buffers_is_refused():
-    model = nmgraph.convert(mlp(), method="srste")
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
-    nm(average.module[0]).recipe[3] += 1
-    with pytest.raises(UnfinishedError) as caught:
-        nmgraph.finalize(average)
-    assert str(caught.value) == (
-        "0: its nm_ buffers were changed from outside. A model's average has to leave buffers alone: "
-        "AveragedModel(model, use_buffers=False)."
-    )
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, AveragedModel])

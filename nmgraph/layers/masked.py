@@ -288,6 +288,16 @@ class Masked(nn.Module):
             note.at_gradient = None
         return self
 
+    def _empty_buffers(self) -> dict[str, Tensor]:
+        own = [n for key, note in self.nm_notes.items() if not note.leader for n in buffer_names(key, note.told)]
+        return {name: t for name in own if (t := self._buffers[name]) is not None and t.numel() == 0}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # What writes safetensors takes all empty tensors for one shared tensor, and leaves out all but one.
+        for name in self._empty_buffers():
+            del destination[prefix + name]
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
@@ -301,6 +311,8 @@ class Masked(nn.Module):
                 )
                 return
             note.at_gradient = None
+        for name, buffer in self._empty_buffers().items():
+            state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

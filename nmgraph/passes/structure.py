@@ -73,10 +73,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = model._modules["_orig_mod"]
         elif isinstance(model, (nn.DataParallel, DistributedDataParallel, AveragedModel)):
             inner = model.module
+        elif _is_called(model, "ModelEmaV2", "ModelEmaV3"):
+            inner = model._modules["module"]
         else:
             return model
         assert isinstance(inner, nn.Module)
         model = inner
+
+
+def blends_buffers(model: nn.Module) -> bool:
+    """Tell whether a wrapper is an average that takes its model's buffers for numbers to average, whole ones as well."""
+    return model.use_buffers if isinstance(model, AveragedModel) else _is_called(model, "ModelEmaV2")
+
+
+def _is_called(model: nn.Module, *names: str) -> bool:
+    """Tell a class by its name: its package need not be there."""
+    return any(base.__name__ in names for base in type(model).__mro__)
 
 
 def find_sharded(model: nn.Module) -> str:

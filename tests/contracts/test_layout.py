@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "checkpoint": {"nm", "methods", "layers", "passes", "training"},
     "export": {"nm", "methods", "layers", "passes", "training"},
     "api": {"nm", "methods", "layers", "passes", "training", "checkpoint", "export"},
+    "integrations": {"api", "layers", "passes", "training"},
     "__init__": {"api", "methods", "nm"},
     "cli": {"api", "nm", "methods", "layers", "passes", "training", "checkpoint", "export"},
     "__main__": {"cli"},

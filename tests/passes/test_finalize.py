@@ -73,7 +73,8 @@ def test_never_trained_masks_are_refused_with_what_is_missing():
         "2 layers are not N:M yet (lbc 2:4; it was never trained with attach):\n"
         "  0: 64 of 64 blocks still keep more than 2 of 4\n"
         "  2: 32 of 32 blocks still keep more than 2 of 4\n"
-        "Train to the end, or use --force (force=True) to prune now by what the method knows."
+        "Train to the end, or use --force (force=True) to prune now by what the method knows. The average of a trained "
+        "model takes that model's masks first: nmgraph.integrations.averages.take_masks(average, model)."
     )
 
 
