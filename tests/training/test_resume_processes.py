@@ -1,0 +1,164 @@
+"""What a checkpoint carries into another process, another precision, another length of the run."""
+
+import copy
+import multiprocessing
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from variants import VARIANTS
+
+import nmgraph
+from nmgraph.layers.masked import masked_weights
+from nmgraph.methods import METHODS
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import faults_resume
+
+STEPS = 12
+
+every = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def network(variant, seed=1):
+    torch.manual_seed(seed)
+    method, options = VARIANTS[variant]
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    return nmgraph.convert(net, method=method, **options)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def backward(model, step, size=8):
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(size, 8, 4, 4, generator=generator), torch.randint(4, (size,), generator=generator)
+    F.cross_entropy(model(x.to(next(model.parameters()).dtype)).float(), y).backward()
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def ours(state):
+    return {key: value for key, value in state.items() if key.rpartition(".")[2].startswith("nm_")}
+
+
+@pytest.mark.parametrize(("network", "optimizer"), [("resnet", "sgd"), ("transformer", "adamw-fused")])
+def test_a_new_process_goes_on_as_if_there_had_been_no_stop(network, optimizer, tmp_path):
+    draws, tasks = random.Random(0), []
+    for number, variant in enumerate(VARIANTS):
+        if number % 2 == (network == "resnet"):  # the benchmark has all pairs
+            continue
+        case = faults_resume.Case(variant, network, optimizer, steps=6, interval=2)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        stops = draws.sample(faults_resume.stops_of(case, 0, draws), 2)
+        faults_resume.run_through(case, stops, folder)
+        tasks += [(case, stop, str(folder)) for stop in stops]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(faults_resume.go_on, tasks) == [[] for _ in tasks]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_resuming_finds_no_difference():
+    found = faults_resume.measure(quick=True)
+    assert found["resumed"] > 200
+    assert found["differing"] == 0
+
+
+@every
+@pytest.mark.parametrize(("saved", "loaded"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_another_precision_of_the_weights_takes_over_the_methods_state_as_it_is(variant, saved, loaded):
+    model = network(variant).to(saved)
+    optimizer = sgd(model)
+    nmgraph.attach(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, range(5))
+    other = network(variant, seed=2).to(loaded)
+    other.load_state_dict(model.state_dict())
+    assert same(ours(other.state_dict()), ours(model.state_dict()))
+    assert all(torch.equal(p, q.to(loaded)) for p, q in zip(other.parameters(), model.parameters(), strict=True))
+    other_optimizer = sgd(other)
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    nmgraph.attach(other, other_optimizer, total_steps=STEPS)
+    train(other, other_optimizer, range(5, STEPS))
+    assert nmgraph.verify(nmgraph.finalize(other)).holds
+
+
+@every
+@pytest.mark.parametrize("total", [6, 24, 4, 3], ids=["shorter", "longer", "at its end", "past its end"])
+@pytest.mark.parametrize("order", ["load, then attach", "attach, then load"])
+def test_another_number_of_steps_is_said_and_the_run_ends_at_its_pattern(variant, total, order, caplog):
+    model = network(variant)
+    optimizer = sgd(model)
+    nmgraph.attach(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, range(4))
+    resumed = network(variant, seed=2)
+    resumed_optimizer = sgd(resumed)
+    caplog.clear()
+    if order == "attach, then load":
+        nmgraph.attach(resumed, resumed_optimizer, total_steps=total)
+    resumed.load_state_dict(model.state_dict())
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    if order == "load, then attach":
+        nmgraph.attach(resumed, resumed_optimizer, total_steps=total)
+    train(resumed, resumed_optimizer, range(4, max(5, total)))
+    share = {6: "66.7", 24: "16.7", 4: "100.0", 3: "100.0"}[total]
+    assert [m for m in caplog.messages if "through its schedule" in m] == [
+        f"{name} was 4 of 12 steps through its schedule; total_steps is {total} now, so it goes on at {share}%."
+        for name in ("0", "3")
+    ]
+    assert all(p.isfinite().all() for p in resumed.parameters())
+    assert nmgraph.verify(nmgraph.finalize(resumed)).holds
+
+
+@pytest.mark.parametrize("variant", [v for v, (method, _) in VARIANTS.items() if "mask" in METHODS[method].state_type._fields])
+def test_weights_once_pruned_for_good_stay_so_in_a_run_made_longer(variant):
+    model = network(variant)
+    optimizer = sgd(model)
+    nmgraph.attach(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, range(4))
+    before = {name: int(weight.state.mask.sum()) for name, weight in masked_weights(model).items()}
+    nmgraph.attach(model, optimizer, total_steps=10 * STEPS)
+    train(model, optimizer, range(4, 9))
+    for name, weight in masked_weights(model).items():
+        assert int(weight.state.mask.sum()) <= before[name]
+
+
+@every
+def test_a_stop_between_two_micro_batches_is_resumed_with_their_gradients(variant):
+    def halves(model, optimizer, first, last):
+        for half in range(first, last):
+            backward(model, half)
+            if half % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    model = network(variant)
+    optimizer = sgd(model)
+    nmgraph.attach(model, optimizer, total_steps=STEPS)
+    halves(model, optimizer, 0, 9)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), gradients))
+    resumed = network(variant, seed=2)
+    resumed_optimizer = sgd(resumed)
+    resumed.load_state_dict(saved[0])
+    resumed_optimizer.load_state_dict(saved[1])
+    for name, p in resumed.named_parameters():
+        p.grad = saved[2][name]
+    nmgraph.attach(resumed, resumed_optimizer, total_steps=STEPS)
+    for each in ((model, optimizer), (resumed, resumed_optimizer)):
+        halves(*each, 9, 2 * STEPS)
+    assert same(resumed.state_dict(), model.state_dict())
