@@ -90,7 +90,9 @@ class Case(NamedTuple):
 
 
 def all_cases(steps: int, interval: int) -> list[Case]:
-    usual = [Case(v, *pair, steps, interval) for v in VARIANTS for pair in (("resnet", "sgd"), ("transformer", "adamw"))]
+    usual = [
+        Case(v, *pair, steps, interval) for v in VARIANTS for pair in (("resnet", "sgd"), ("transformer", "adamw"))
+    ]
     others = [name for name in OPTIMIZERS if name not in ("sgd", "adamw")]
     return usual + [Case(v, "resnet", name, steps, interval) for v in FEW for name in others]
 
@@ -159,7 +161,9 @@ def differences(path: str, one: Any, other: Any) -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return [name for key in one for name in differences(f"{path}.{key}", one[key], other[key])]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        return [name for i, pair in enumerate(zip(one, other, strict=True)) for name in differences(f"{path}.{i}", *pair)]
+        return [
+            name for i, pair in enumerate(zip(one, other, strict=True)) for name in differences(f"{path}.{i}", *pair)
+        ]
     return [] if type(one) is type(other) and one == other else [path]
 
 

@@ -91,7 +91,7 @@ class MaxQ(Method[MaxQState]):
         return 1.0 - CURVES[self.curve](ramp(progress, self.t_i, self.t_f))
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> MaxQState:
-        return MaxQState(torch.tensor(self.dense_share(0.0), device=w_OSC.device))
+        return MaxQState(torch.tensor(self.dense_share(0.0), dtype=torch.float32, device=w_OSC.device))
 
     def mask(self, w_OSC: Tensor, state: MaxQState, pattern: Pattern) -> Tensor:
         w_OSC = w_OSC.detach()

@@ -23,7 +23,6 @@ from nmgraph.layers.kinds import is_layer
 from nmgraph.passes.products import Use, find_uses
 from nmgraph.passes.structure import copy_structure, share
 
-
 _lock = threading.Lock()  # torch.fx puts its own __call__ into nn.Module, and takes it out again
 
 

@@ -124,7 +124,9 @@ def test_another_number_of_steps_is_said_and_the_run_ends_at_its_pattern(variant
     assert nmgraph.verify(nmgraph.finalize(resumed)).holds
 
 
-@pytest.mark.parametrize("variant", [v for v, (method, _) in VARIANTS.items() if "mask" in METHODS[method].state_type._fields])
+@pytest.mark.parametrize(
+    "variant", [v for v, (method, _) in VARIANTS.items() if "mask" in METHODS[method].state_type._fields]
+)
 def test_weights_once_pruned_for_good_stay_so_in_a_run_made_longer(variant):
     model = network(variant)
     optimizer = sgd(model)

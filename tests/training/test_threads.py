@@ -23,7 +23,9 @@ STEPS = 8
 def network(variant, seed):
     generator = torch.Generator().manual_seed(seed)
     method, options = VARIANTS[variant]
-    net = nn.Sequential(nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.Flatten(), nn.Linear(1024, 8))
+    net = nn.Sequential(
+        nn.Conv2d(8, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.Flatten(), nn.Linear(1024, 8)
+    )
     with torch.no_grad():
         for p in net.parameters():  # not from the generator that all threads share
             p.copy_(0.1 * torch.randn(p.shape, generator=generator))
