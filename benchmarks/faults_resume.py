@@ -174,7 +174,7 @@ def bits(t: Tensor) -> Tensor:
 def measure(quick: bool) -> dict[str, Any]:
     sizes, draws = QUICK if quick else FULL, random.Random(SEED)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults_resume"])
+    context.set_forkserver_preload(["nmgraph", "torch._dynamo"])  # the latter is what optimizers import in a first step
     results = []
     with context.Pool(1, maxtasksperchild=1) as pool:  # a process for every task
         for case in all_cases(sizes["steps"], sizes["interval"]):

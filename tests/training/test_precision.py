@@ -223,7 +223,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@every
+@pytest.mark.parametrize("variant", ["bame", "bimask", "gradual", "rigl", "tmask"])  # which move them at intervals
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_masks_that_move_and_modes_that_change_compile_nothing_again(variant):
     plain, _ = trained(variant)
@@ -245,7 +245,7 @@ def test_masks_that_move_and_modes_that_change_compile_nothing_again(variant):
     assert same(model.state_dict(), plain.state_dict())
 
 
-@few
+@pytest.mark.parametrize("variant", ["lbc", "bimask"])
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_network_with_blocks_computed_again_is_one_graph_with_the_same_gradients(variant):
     model = network(variant, lambda block, x: checkpoint(block, x, use_reentrant=False))
