@@ -355,8 +355,9 @@ def test_without_gradients_masks_are_not_adapted(variant, gradient):
 
 
 @every
-@pytest.mark.parametrize("frozen", ["first", ""], ids=["some layers", "the whole model"])
-@pytest.mark.parametrize("clear", [True, False], ids=["gradients gone", "gradients left to stand"])
+@pytest.mark.parametrize(
+    ("frozen", "clear"), [("first", True), ("", False)], ids=["some layers", "the whole model, gradients left to stand"]
+)
 def test_layers_frozen_for_a_while_and_trained_on_end_at_the_pattern(variant, frozen, clear):
     model = network(variant)
     optimizer = sgd(model)
