@@ -25,6 +25,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/faults_resume.py
 	$(BIN)/python benchmarks/transposable.py
 	$(BIN)/python benchmarks/row_permutation.py
 	$(BIN)/python benchmarks/step_time.py

@@ -159,9 +159,9 @@ class BAME(Method[BAMEState]):
         state = BAMEState(
             mask=torch.ones_like(w_OSC, dtype=torch.bool),
             keep=torch.tensor(pattern.m, device=device),
-            oscillation=torch.zeros(blocks(w_OSC, pattern.m).shape[:-1], device=device),
+            oscillation=torch.zeros(blocks(w_OSC, pattern.m).shape[:-1], dtype=torch.float32, device=device),
             dense=torch.tensor(False, device=device),
-            gradient=torch.zeros(w_OSC.shape if self.score_steps > 1 else 0, device=device),
+            gradient=torch.zeros(w_OSC.shape if self.score_steps > 1 else 0, dtype=torch.float32, device=device),
             permutation=torch.arange(rows if self.bidirectional else 0, device=device),
             seed=seed_of(w_OSC, self.seed),
         )

@@ -122,7 +122,7 @@ class BiMask(Method[BiMaskState]):
         seed = seed_of(w_OSC, self.seed)
         identity = torch.arange(w_OSC.shape[0], device=w_OSC.device)
         # Until the first step there is no gradient, and nothing was drawn.
-        salience = torch.empty(0, device=w_OSC.device) if self.criterion == "weight" else w_OSC.abs().float()
+        salience = w_OSC.abs().float() if self.criterion != "weight" else w_OSC.new_empty(0, dtype=torch.float32)
         return BiMaskState(identity, seed, salience)
 
     def mask(self, w_OSC: Tensor, state: BiMaskState, pattern: Pattern) -> Tensor:
@@ -153,6 +153,10 @@ class BiMask(Method[BiMaskState]):
     def _salience(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, clock: Clock) -> Tensor:
         if self.criterion == "gradient":
             return grad_OSC.abs().nan_to_num(0.0, 0.0, 0.0).float()
-        draws = torch.empty(w_OSC.shape).exponential_(generator=generator(state.seed, ~clock.step)).to(w_OSC.device)
+        draws = (
+            torch.empty(w_OSC.shape, dtype=torch.float32)
+            .exponential_(generator=generator(state.seed, ~clock.step))
+            .to(w_OSC.device)
+        )
         # The N smallest of E / |w| are a sample without replacement of probabilities proportional to |w|.
         return w_OSC.abs().float() / draws if self.criterion == "multinomial" else draws

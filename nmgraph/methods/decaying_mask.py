@@ -86,7 +86,7 @@ class DecayingMask(Method[DecayingMaskState]):
         return math.exp(-self.rate * x) if self.curve == "exponential" else 1.0 - x
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> DecayingMaskState:
-        return DecayingMaskState(torch.tensor(self.factor(0.0), device=w_OSC.device))
+        return DecayingMaskState(torch.tensor(self.factor(0.0), dtype=torch.float32, device=w_OSC.device))
 
     def mask(self, w_OSC: Tensor, state: DecayingMaskState, pattern: Pattern) -> Tensor:
         return magnitude_mask(w_OSC.detach(), pattern) | (state.factor > 0)

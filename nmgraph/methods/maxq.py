@@ -99,7 +99,7 @@ class MaxQ(Method[MaxQState]):
         return self.decay > 0
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> MaxQState:
-        return MaxQState(torch.tensor(self.dense_share(0.0), device=w_OSC.device))
+        return MaxQState(torch.tensor(self.dense_share(0.0), dtype=torch.float32, device=w_OSC.device))
 
     def mask(self, w_OSC: Tensor, state: MaxQState, pattern: Pattern) -> Tensor:
         w_OSC = w_OSC.detach()

@@ -54,7 +54,7 @@ class RigL(Method[RigLState]):
     paper: ClassVar[str] = "Evci et al., ICML 2020"
     gradient: ClassVar[str] = "masked; dense on the step of a change"
     state_cost: ClassVar[str] = "1 byte per weight"
-    time_cost: ClassVar[str] = "elementwise; two sorts per change"
+    time_cost: ClassVar[str] = "elementwise; three sorts per change"
     unattached: ClassVar[str] = "its mask does not change"
     state_type: ClassVar[type[tuple[Any, ...]]] = RigLState
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -112,4 +112,7 @@ class RigL(Method[RigLState]):
         # Those just dropped stand for growth, too; so a block with a large gradient on them changes nothing.
         growth_OSGM = blocks(grad_OSC.abs().nan_to_num(0.0, 0.0, 0.0), pattern.m).masked_fill(survives_OSGM, -1.0)
         missing_OSG1 = pattern.n - survives_OSGM.sum(-1, keepdim=True)
-        return (survives_OSGM | top_n(growth_OSGM, missing_OSG1)).flatten(-2)
+        # Kept ones first, so that of equals (without a gradient all are) the one stays that is there.
+        kept_first = blocks(mask_OSC, pattern.m).byte().argsort(dim=-1, descending=True, stable=True)
+        grown = top_n(growth_OSGM.gather(-1, kept_first), missing_OSG1)
+        return (survives_OSGM | torch.zeros_like(grown).scatter(-1, kept_first, grown)).flatten(-2)

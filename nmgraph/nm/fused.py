@@ -88,8 +88,9 @@ class Blockwise:
     def __init__(self, score: Callable[..., Tensor], value: Callable[..., Tensor] | None = None) -> None:
         self._score, self._value = score, value
         self._kernels: dict[int, Compiled] = {}  # by M
-        self._number = len(_functions)
-        _functions.append(self)
+        with _lock:
+            self._number = len(_functions)
+            _functions.append(self)
 
     def __call__(self, m: int, keep: int | Tensor, *tensors: Tensor, dim: int = -1) -> Tensor:
         """Compute it for blocks of ``m`` along ``dim``.

@@ -33,7 +33,7 @@ def prune_further(w_OSC: Tensor, mask_OSC: Tensor, pattern: Pattern, keep: int) 
 
 def random_mask(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator) -> Tensor:
     """Keep N weights of every block at random; bool of ``shape``, on the generator's device."""
-    draws_OSGM = blocks(torch.rand(shape, generator=generator, device=generator.device), pattern.m)
+    draws_OSGM = blocks(torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device), pattern.m)
     return top_n(draws_OSGM, pattern.n).flatten(-2)
 
 

@@ -149,7 +149,7 @@ def _approximate(w_RMT: Tensor, pattern: Pattern) -> Tensor:
 def _jitter(w_RMT: Tensor) -> Tensor:
     """Tell equal weights apart, for prices alone cannot; alike in every tile, at every scale and on every device."""
     generator = torch.Generator().manual_seed(0)
-    draws_RM1 = torch.rand(*w_RMT.shape[:2], 1, generator=generator).to(w_RMT.device)
+    draws_RM1 = torch.rand(*w_RMT.shape[:2], 1, generator=generator, dtype=torch.float32).to(w_RMT.device)
     typical_T = w_RMT.sqrt().mean((0, 1)).square()  # one outlier hardly counts
     return _JITTER * typical_T * draws_RM1
 

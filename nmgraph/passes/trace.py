@@ -7,6 +7,7 @@ place, training and evaluation mode are both traced, and what differs between th
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from nmgraph.errors import ConversionError, first_line
 from nmgraph.layers.kinds import is_layer
 from nmgraph.passes.products import Use, find_uses
 from nmgraph.passes.structure import copy_structure, share
+
+_lock = threading.Lock()  # torch.fx puts its own __call__ into nn.Module, and takes it out again
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,15 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.leaves = leaves
         self.failed: nn.Module | None = None
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Never enter a layer that holds a weight, whatever its subclass does.
         return type(m) in self.leaves or is_layer(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -84,7 +90,7 @@ def trace(model: nn.Module, leaves: dict[type[nn.Module], str] | None = None, ho
     while True:
         tracer = how.tracer or _Tracer(leaves)
         try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            with _lock, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
                 # Another seed for each mode, so that a random draw that gets baked in shows as a difference.
                 torch.default_generator.manual_seed(int(root.training))

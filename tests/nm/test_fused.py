@@ -1,7 +1,9 @@
 """Functions of blocks, computed by sorting and by compiled comparisons: the same to the bit."""
 
 import math
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -215,3 +217,19 @@ def test_the_gradient_passes_straight_through_the_largest():
     assert torch.equal(out, w.detach() * magnitude_mask(w, Pattern(2, 4)))
     out.backward(grad := torch.randn(w.shape))
     assert torch.equal(w.grad, grad)
+
+
+class Slow(list):
+    """Lets other threads run once its length is known."""
+
+    def __len__(self):
+        found = super().__len__()
+        time.sleep(0.01)
+        return found
+
+
+def test_functions_made_in_several_threads_are_each_found_by_their_own_number(monkeypatch):
+    monkeypatch.setattr(fused, "_functions", Slow())
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: Blockwise(torch.abs), range(8)))
+    assert [function for function in made if fused._functions[function._number] is not function] == []

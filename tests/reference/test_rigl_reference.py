@@ -71,7 +71,7 @@ def literal_change(w, mask, g, n, m, step):
     for r in range(w.shape[0]):
         for start in range(0, w.shape[1], m):
             empty = [c for c in range(start, start + m) if not new[r, c]]  # those just dropped among them
-            for c in sorted(empty, key=lambda c: (-abs(g[r, c].item()), c))[: n - (m - len(empty))]:
+            for c in sorted(empty, key=lambda c: (-abs(g[r, c].item()), not mask[r, c], c))[: n - (m - len(empty))]:
                 new[r, c] = True
     return new
 
