@@ -246,7 +246,7 @@ class Masked(nn.Module):
     ) -> None:  # fmt: skip
         for key, note in self.nm_notes.items():
             theirs = state_dict.get(f"{prefix}{_prefix(key)}recipe")
-            if theirs is not None and not torch.equal(theirs.cpu(), note.told.to_tensor()):
+            if isinstance(theirs, Tensor) and not _same(theirs.cpu(), note.told.to_tensor()):
                 error_msgs.append(
                     f"{note.site} was trained as {Recipe.describe_tensor(theirs)}, but this model is converted as "
                     f"{note.told}. Convert it the same way before loading."
@@ -429,6 +429,10 @@ def _masked_property(key: str) -> property:
         self._parameters[key] = value  # type: ignore[assignment]
 
     return property(read, write)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _has_plain_strides(t: Tensor) -> bool:
