@@ -11,7 +11,8 @@ connection or writes a file is noted by an audit hook.
 Hostile files: HOSTILE, each of which would leave a file behind if what it holds ran, through load, verify and open_dense.
 
 Kills: child processes that save or export again and again are killed at random moments. The path has to hold one of the
-two whole models that were written there, every time.
+two whole models that were written there, every time. A process that only replaces a directory, in memory, is killed in
+the middle of that far more often.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from torch import nn
 import nmgraph
 from nmgraph.checkpoint.dense_file import open_dense
 from nmgraph.errors import NMGraphError
+from nmgraph.files import directory_written_atomically
 
 SEED = 0
 SECONDS = 5.0
@@ -657,6 +659,7 @@ def kills(way: str, count: int, seed: int = SEED) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "output"
+        WRITES[way](models[0], path)  # the first imports what it needs
         began = time.perf_counter()
         WRITES[way](models[0], path)
         takes = time.perf_counter() - began
@@ -683,6 +686,33 @@ def kills(way: str, count: int, seed: int = SEED) -> dict[str, Any]:
     return {"kills": count, "found": dict(found), "leftovers_beside": leftovers, "one_takes_s": takes, "wrong": wrong}
 
 
+def replace_for_ever(path: Path) -> None:
+    while True:
+        with directory_written_atomically(path) as temporary:
+            (temporary / "a.txt").write_text("whole")
+
+
+def directory_kills(count: int, seed: int = SEED) -> dict[str, Any]:
+    """Kill a process that does nothing but replace a directory, in memory: most of its time is the replacing."""
+    draw, lost = random.Random(seed), 0
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        path = Path(folder) / "output"
+        for _ in range(count):
+            if not path.exists():
+                with directory_written_atomically(path) as temporary:
+                    (temporary / "a.txt").write_text("whole")
+            process = multiprocessing.get_context("fork").Process(target=replace_for_ever, args=(path,))
+            process.start()
+            time.sleep(draw.uniform(0.004, 0.012))
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            lost += not (path / "a.txt").exists() or (path / "a.txt").read_text() != "whole"
+        leftovers = sum(p != path for p in Path(folder).iterdir())
+    wrong = [f"{lost} of {count} kills left no whole directory"] if lost else []
+    return {"kills": count, "found": {"whole": count - lost}, "leftovers_beside": leftovers, "wrong": wrong}
+
+
 def measure(quick: bool) -> dict[str, Any]:
     """Measure everything: a tenth of it if it shall be quick."""
     share = 10 if quick else 1
@@ -690,7 +720,8 @@ def measure(quick: bool) -> dict[str, Any]:
     return {
         "mutations": mutations(20_000 // share),
         "hostile": hostile(),
-        "kills": {way: kills(way, count // share) for way, count in numbers.items()},
+        "kills": {way: kills(way, count // share) for way, count in numbers.items()}
+        | {"replaced directory": directory_kills(1000 // share)},
     }
 
 

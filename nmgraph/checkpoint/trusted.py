@@ -211,9 +211,7 @@ def _resolve(names: Sequence[str], file: str, trust: Sequence[str]) -> list[Any]
 
 def _require_plain_calls(file: str | Path | IO[bytes], name: str, trust: Sequence[str]) -> None:
     """Refuse calls of classes: modules are built without, and enumerations only look a value up."""
-    if not isinstance(file, (str, Path)):
-        file.seek(0)
-    pickled = torch._C.PyTorchFileReader(str(file) if isinstance(file, Path) else file).get_record("data.pkl")
+    pickled = _pickle_in(file)
     calls = [call for call in find_calls(pickled) if call not in _FUNCTIONS and not _inside(call, trust)]
     calls = [call for call in calls if not _is_enum(call, name, trust)]
     if calls:
@@ -221,6 +219,15 @@ def _require_plain_calls(file: str | Path | IO[bytes], name: str, trust: Sequenc
             f"{name} calls {', '.join(sorted(calls)[:4])} as no saved model does, so nothing was loaded or run. Don't load it "
             "unless you made it; save the model's state_dict() instead."
         )
+
+
+def _pickle_in(file: str | Path | IO[bytes]) -> bytes:
+    if isinstance(file, (str, Path)):
+        with Path(file).open("rb") as opened:
+            return _pickle_in(opened)
+    file.seek(0)
+    found: bytes = torch._C.PyTorchFileReader(file).get_record("data.pkl")  # as torch.load finds it
+    return found
 
 
 def _is_enum(name: str, file: str, trust: Sequence[str]) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import call
 from models import mlp
 from torch import nn
 
@@ -39,6 +40,21 @@ def test_hostile_file_is_refused_and_runs_nothing(name, tmp_path):
     assert faults_files.attacked(name, tmp_path) == []
 
 
+@pytest.mark.parametrize("name", faults_files.HOSTILE)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_hostile_file_is_one_line_of_the_command(name, path):
+    canary = path.parent / "canary"
+    faults_files.HOSTILE[name](path, canary)
+    sys.modules.pop("faults_imported", None)
+    canary.unlink(missing_ok=True)
+    for command in ("convert", "inspect", "status", "export", "verify"):
+        result = call(command, path)
+        assert (result.exit_code, result.stdout) == (2, ""), (command, result.output)
+        assert result.stderr.startswith("error: ")
+        assert isinstance(result.exception, SystemExit)
+        assert not canary.exists()
+
+
 @pytest.mark.parametrize("name", RUN_WITHOUT_PROTECTION)
 def test_hostile_file_would_run(name, path, monkeypatch):
     monkeypatch.syspath_prepend(path.parent)
@@ -64,11 +80,11 @@ def test_damaged_files_in_numbers():
 def test_constructor_of_a_layer_is_not_called(path, monkeypatch):
     made = []
     monkeypatch.setattr(nn.Linear, "__init__", lambda *arguments: made.append(arguments))
-    for call in (
+    for hostile in (
         faults_files.Runs(nn.Linear, 4, 4),
         faults_files.Runs(torch._tensor._rebuild_from_type_v2, nn.Linear, nn.Linear, (4, 4), {}),
     ):
-        torch.save(call, path)
+        torch.save(hostile, path)
         assert refusal(UntrustedError, nmgraph.verify, path) == (
             f"{path} calls torch.nn.modules.linear.Linear as no saved model does, so nothing was loaded or run. Don't "
             "load it unless you made it; save the model's state_dict() instead."

@@ -74,3 +74,8 @@ def test_kill_at_a_random_moment_leaves_the_last_one_or_the_new_one(way, count):
     found = faults_files.kills(way, count)
     assert found["wrong"] == []
     assert sum(found["found"].values()) == count
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="two directories change places on Linux alone")
+def test_kill_in_the_middle_of_replacing_a_directory_leaves_a_whole_one():
+    assert faults_files.directory_kills(60)["wrong"] == []
