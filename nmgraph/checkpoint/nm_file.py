@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,45 +98,57 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
         raise FileError(
             f"{name} has format version {content.get('version')!r}; this nmgraph reads version {VERSION}. Install the one that wrote it."
         )
-    try:
+    with _said_as_damage(name):
         recipes = {site: _recipe(values) for site, values in content["recipes"].items()}
         manifest = read_manifest(content["manifest"])
         state, factory, skeleton = content["state"], content["factory"], content["module"]
         ours = _our_buffers(recipes, state)
         shapes = {key: tuple(t.shape) for key, t in state.items() if isinstance(t, Tensor) and key not in ours}
         stored = None if skeleton is None else io.BytesIO(skeleton.numpy().tobytes())
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FileError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}.") from error
     if model is None and stored is None and isinstance(factory, str) and NamedModel.names(factory):
         model = NamedModel.parse(factory).make()  # a library's own model; nobody else's code
     if model is None and stored is None:
         raise FileError(
             f"{name} was made with --model {factory}. Making the model runs that code, so name it again: {_again(factory)}"
         )
+    bare = model is None
     if model is None:
         assert stored is not None
         model = load_trusted(stored, f"the module in {name}", trust)
         if not isinstance(model, nn.Module):
             raise FileError(f"{name} is damaged: it holds a {type(model).__name__} in place of a module.")
-        _give_tensors(model, state)
     if masked_weights(model):
         raise FileError(
             f"{name} can't be loaded into this {type(model).__name__}, which is converted already. Give the dense model."
         )
     require_same_shapes(model, shapes, name)
+    if bare:
+        with _said_as_damage(name):
+            _give_tensors(model, state)
     missing = [site for site in recipes if not isinstance(_find(model, site), nn.Parameter)]
     if missing:
         raise FileError(f"{name} is damaged: {', '.join(missing[:4])} holds no weight to make sparse.")
-    try:
-        rewrite(model, recipes)
-        load_weights(model, state, name)
-        _require_orders(model)
-    except (FileError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        unmask_all(model)
-        said = str(error) if isinstance(error, FileError) else f"{name} is damaged: {first_line(error)}."
-        raise FileError(said) from error
+    with _said_as_damage(name):
+        try:
+            rewrite(model, recipes)
+            load_weights(model, state, name)
+            _require_orders(model)
+        except BaseException:
+            unmask_all(model)
+            raise
     write_manifest(model, manifest)
     return model
+
+
+@contextmanager
+def _said_as_damage(name: str) -> Iterator[None]:
+    """Say what goes wrong with a file's values as a damage of the file: it can claim anything of them."""
+    try:
+        yield
+    except FileError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}.") from error
 
 
 def _require_orders(model: nn.Module) -> None:

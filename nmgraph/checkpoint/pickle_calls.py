@@ -16,7 +16,7 @@ _PLAIN = frozenset(
      "torch.serialization._get_layout", "builtins.set", "__builtin__.set", "builtins.complex", "__builtin__.complex",
      *(f"torch._utils._rebuild_{name}" for name in (
          "parameter", "parameter_with_state", "qtensor", "tensor", "tensor_v2", "tensor_v3", "sparse_tensor",
-         "meta_tensor_no_storage", "nested_tensor"))),
+         "meta_tensor_no_storage"))),
 )  # fmt: skip
 _CALLS_ITS_FIRST = "torch._tensor._rebuild_from_type_v2"  # for tensors with attributes
 

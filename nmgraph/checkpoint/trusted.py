@@ -124,7 +124,8 @@ def _require_whole_modules(content: Any) -> None:
     if isinstance(content, nn.Module):
         content.state_dict()
         for module in content.modules():
-            assert isinstance(module.training, bool)
+            if not isinstance(module.training, bool):
+                raise ValueError(f"a {type(module).__name__} is neither in training nor in evaluation")
 
 
 def _require_held(content: Any, size: int) -> None:

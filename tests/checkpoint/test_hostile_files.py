@@ -153,7 +153,7 @@ def edited(path, change, method="bimask"):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda c: c["state"]["0.nm_permutation"].fill_(99), "is damaged: the permutation of 0 is none."),
+        (lambda c: c["state"]["0.nm_permutation"].fill_(99), "is damaged: ValueError: the permutation of 0 is none."),
         (lambda c: c["recipes"]["0"].update(reduction_axis=7), "is damaged: ValueError: there is no reduction axis 7."),
         (lambda c: c["recipes"]["0"].update(pattern="2:5"), "does not fit Sequential: Error(s) in loading"),
         (
@@ -180,3 +180,43 @@ def test_module_that_lacks_its_parts_is_refused(path):
         assert refusal(FileError, nmgraph.verify, path) == (
             f"{path} can't be read: 'Linear' object has no attribute '{part}'. It may be truncated, or no file of torch.save."
         )
+
+
+ODD = {
+    "no rows": (torch.zeros(0, 16), "it holds no values"),
+    "no columns": (torch.zeros(16, 0), "it holds no values"),
+    "large and empty": (torch.zeros(0, 1 << 40), "it holds no values"),
+    "no place in the kernel": (torch.zeros(4, 4, 0, 3), "it holds no values"),
+    "meta": (torch.zeros(8, 8, device="meta"), "it holds no values"),
+    "scalar": (torch.tensor(1.0), "it has 0 axes"),
+    "sparse": (torch.eye(8).to_sparse(), "it is stored as sparse_coo"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_weight_that_cannot_be_checked_is_a_finding(case, path):
+    weight, finding = ODD[case]
+    layer = nn.Linear(8, 8)
+    layer._parameters["weight"] = weight
+    torch.save(layer, path)
+    found = nmgraph.verify(path)
+    assert not found.holds
+    assert [check.finding for check in found.checks] == [finding]
+    assert found.to_dict()["checks"][0]["little_gain"] == ""
+    torch.save({"a.weight": weight}, path)
+    assert not nmgraph.verify(path).holds
+
+
+def test_weight_of_8_bits_is_checked(path):
+    torch.save({"a.weight": torch.eye(8).to(torch.float8_e4m3fn)}, path)
+    assert nmgraph.verify(path).holds
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_state_that_cannot_be_loaded_is_refused(case, path):
+    assert edited(path, lambda content: content["state"].update({"0.weight": ODD[case][0]})).startswith(f"{path} ")
+
+
+def test_nested_tensor_is_refused(path):
+    torch.save({"a.weight": torch.nested.nested_tensor([torch.zeros(2, 4), torch.zeros(3, 4)])}, path)
+    assert "calls torch._utils._rebuild_nested_tensor" in refusal(UntrustedError, nmgraph.verify, path)
