@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nmgraph import files
 from nmgraph.errors import FileError
 from nmgraph.files import directory_written_atomically, require_writable, written_atomically
 
@@ -63,6 +64,38 @@ def test_interrupted_file_leaves_the_old_one(error, path):
         write()
     assert path.read_text() == "old"
     assert names(path.parent) == ["output"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
+def test_at_no_moment_there_is_no_directory(old_directory, monkeypatch):
+    """What a kill at any system call would leave: looked at between all of them that rename."""
+    seen, rename = [], Path.rename
+
+    def looking(self, target):
+        seen.append(names(old_directory))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", looking)
+    with directory_written_atomically(old_directory) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert seen == [["new.txt"]]
+    assert names(old_directory.parent) == ["output"]
+
+
+def test_directory_is_replaced_where_two_cannot_change_places(old_directory, without_exchange):
+    with directory_written_atomically(old_directory) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert names(old_directory) == ["new.txt"]
+    assert names(old_directory.parent) == ["output"]
+
+
+def test_leftovers_of_a_killed_run_do_not_disturb_the_next(old_directory):
+    leftover = old_directory.with_name(f".{old_directory.name}.0123abcd.tmp")
+    leftover.mkdir()
+    with directory_written_atomically(old_directory) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert names(old_directory) == ["new.txt"]
+    assert leftover.is_dir()  # it may as well be that of another run that is at work
 
 
 def test_interrupted_file_leaves_nothing_where_nothing_was(path):
@@ -133,7 +166,13 @@ def test_interrupted_directory_leaves_the_old_one(error, old_directory):
     assert names(old_directory.parent) == ["output"]
 
 
-def test_directory_that_cannot_take_its_place_leaves_the_old_one(old_directory, monkeypatch):
+@pytest.fixture
+def without_exchange(monkeypatch):
+    """A system on which two directories can't change places."""
+    monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+
+
+def test_directory_that_cannot_take_its_place_leaves_the_old_one(old_directory, monkeypatch, without_exchange):
     rename = Path.rename
 
     def failing(self, target):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.errors import FileError, MissingPackageError
+from nmgraph.layers.masked import PREFIX, masked_weights
 
 
 def call_factory(factory: str) -> nn.Module:
@@ -51,7 +52,17 @@ def load_weights(model: nn.Module, state: dict[str, object], file: str) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise FileError(f"{file} does not fit {type(model).__name__}: {error}") from error
+        raise FileError(f"{file} does not fit {type(model).__name__}: {error}{_hint(model, state)}") from error
+
+
+def _hint(model: nn.Module, state: dict[str, object]) -> str:
+    ours = any(str(key).rpartition(".")[2].startswith(PREFIX) for key in state)
+    if not ours or masked_weights(model):
+        return ""
+    return (
+        "\nThe file holds the state_dict of a converted model: convert the dense model in the same way, and call "
+        "load_state_dict. A file of nmgraph.save says by itself what it is."
+    )
 
 
 def require_same_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], name: str) -> None:

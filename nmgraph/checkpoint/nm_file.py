@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from torch import Tensor, fx, nn
 from nmgraph.checkpoint.exported_program import TRUST
 from nmgraph.checkpoint.factory import load_weights, require_same_shapes
 from nmgraph.checkpoint.named_models import NamedModel
+from nmgraph.checkpoint.tensors import read_manifest
 from nmgraph.checkpoint.trusted import load_trusted
-from nmgraph.errors import FileError
+from nmgraph.errors import FileError, first_line
 from nmgraph.files import written_atomically
 from nmgraph.layers.masked import buffer_names, masked_weights, unmask_all
 from nmgraph.layers.recipe import Recipe
-from nmgraph.passes.manifest import Manifest, find_manifest, write_manifest
+from nmgraph.nm.grouping import is_axis
+from nmgraph.passes.manifest import find_manifest, write_manifest
 from nmgraph.passes.rewrite import rewrite
 from nmgraph.passes.structure import copy_structure, duplicate, owner_of, parameter_of
 
@@ -95,43 +98,82 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
         raise FileError(
             f"{name} has format version {content.get('version')!r}; this nmgraph reads version {VERSION}. Install the one that wrote it."
         )
-    try:
-        recipes = {site: Recipe.from_dict(values) for site, values in content["recipes"].items()}
-        manifest = Manifest.from_json(content["manifest"])
+    with _said_as_damage(name):
+        recipes = {site: _recipe(values) for site, values in content["recipes"].items()}
+        manifest = read_manifest(content["manifest"])
         state, factory, skeleton = content["state"], content["factory"], content["module"]
         ours = _our_buffers(recipes, state)
         shapes = {key: tuple(t.shape) for key, t in state.items() if isinstance(t, Tensor) and key not in ours}
         stored = None if skeleton is None else io.BytesIO(skeleton.numpy().tobytes())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"{name} is damaged: {type(error).__name__}: {error}.") from error
     if model is None and stored is None and isinstance(factory, str) and NamedModel.names(factory):
         model = NamedModel.parse(factory).make()  # a library's own model; nobody else's code
     if model is None and stored is None:
         raise FileError(
             f"{name} was made with --model {factory}. Making the model runs that code, so name it again: {_again(factory)}"
         )
+    bare = model is None
     if model is None:
         assert stored is not None
         model = load_trusted(stored, f"the module in {name}", trust)
         if not isinstance(model, nn.Module):
             raise FileError(f"{name} is damaged: it holds a {type(model).__name__} in place of a module.")
-        _give_tensors(model, state)
     if masked_weights(model):
         raise FileError(
             f"{name} can't be loaded into this {type(model).__name__}, which is converted already. Give the dense model."
         )
     require_same_shapes(model, shapes, name)
-    missing = [site for site in recipes if not isinstance(getattr(*owner_of(model, site), None), nn.Parameter)]
+    if bare:
+        with _said_as_damage(name):
+            _give_tensors(model, state)
+    missing = [site for site in recipes if not isinstance(_find(model, site), nn.Parameter)]
     if missing:
         raise FileError(f"{name} is damaged: {', '.join(missing[:4])} holds no weight to make sparse.")
-    rewrite(model, recipes)
-    try:
-        load_weights(model, state, name)
-    except (FileError, ValueError, TypeError, AttributeError) as error:
-        unmask_all(model)
-        raise FileError(str(error) if isinstance(error, FileError) else f"{name} is damaged: {error}.") from error
+    with _said_as_damage(name):
+        try:
+            rewrite(model, recipes)
+            load_weights(model, state, name)
+            _require_orders(model)
+        except BaseException:
+            unmask_all(model)
+            raise
     write_manifest(model, manifest)
     return model
+
+
+@contextmanager
+def _said_as_damage(name: str) -> Iterator[None]:
+    """Say what goes wrong with a file's values as a damage of the file: it can claim anything of them."""
+    try:
+        yield
+    except FileError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileError(f"{name} is damaged: {type(error).__name__}: {first_line(error)}.") from error
+
+
+def _require_orders(model: nn.Module) -> None:
+    """Look at the one kind of state that others are indexed by.
+
+    Raises:
+        ValueError: naming a site whose rows are not each in it once.
+    """
+    for site, weight in masked_weights(model).items():
+        order = getattr(weight.state, "permutation", None)
+        if order is not None and order.sort().values.tolist() != list(range(order.numel())):
+            raise ValueError(f"the permutation of {site} is none")
+
+
+def _find(model: nn.Module, site: str) -> Any:
+    try:
+        return getattr(*owner_of(model, site), None)
+    except AttributeError:
+        return None
+
+
+def _recipe(values: dict[str, Any]) -> Recipe:
+    if not is_axis(values["reduction_axis"]):
+        raise ValueError(f"there is no reduction axis {values['reduction_axis']!r:.20}")
+    return Recipe.from_dict(values)
 
 
 def _again(factory: object) -> str:
@@ -176,5 +218,5 @@ def _pickled_skeleton(model: nn.Module) -> Tensor:
 def _give_tensors(skeleton: nn.Module, state: dict[str, Tensor]) -> None:
     """Replace one-element stand-ins by real memory, in place, so that tied parameters stay tied."""
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and name in state:
+        if isinstance(tensor, Tensor) and isinstance(state.get(name), Tensor):
             tensor.data = torch.empty_like(state[name], dtype=tensor.dtype)

@@ -13,15 +13,16 @@ import pickle
 import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nmgraph.checkpoint.exported_program import TRUST, is_exported
 from nmgraph.checkpoint.foreign_files import foreign_file, foreign_zip
+from nmgraph.checkpoint.pickle_calls import find_calls
 from nmgraph.errors import FileError, MissingPackageError, NMGraphError, UntrustedError, first_line
 
 PACKAGES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm", "transformers")
@@ -41,6 +42,9 @@ _CONFIGS = frozenset(
                  "generation.configuration_utils.GenerationConfig")
 )  # fmt: skip
 """Base classes of the configurations that Hugging Face models hold."""
+
+_IS_DIRECTORY = 0x10  # of MS-DOS, in the attributes of a zip archive's member
+_SMALL = 1 << 20  # bytes that a tensor may have in a file of any size
 
 
 def load_trusted(file: str | Path | IO[bytes], name: str, trust: Sequence[str] = ()) -> Any:
@@ -64,10 +68,15 @@ def load_trusted(file: str | Path | IO[bytes], name: str, trust: Sequence[str] =
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         allowed = _resolve(names, name, trust)
+        _require_plain_calls(file, name, trust)
         if not isinstance(file, (str, Path)):
             file.seek(0)
         with torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        _require_whole_modules(content)
+        if isinstance(file, (str, Path)):
+            _require_held(content, Path(file).stat().st_size)
+        return content
     except NMGraphError:
         raise
     except Exception as error:
@@ -110,6 +119,37 @@ def require_model_file(path: Path) -> None:
         )
 
 
+def _require_whole_modules(content: Any) -> None:
+    """Look at all that a module is made of: a pickle can build one that lacks its parts, to fail anywhere later."""
+    if isinstance(content, nn.Module):
+        content.state_dict()
+        for module in content.modules():
+            if not isinstance(module.training, bool):
+                raise ValueError(f"a {type(module).__name__} is neither in training nor in evaluation")
+
+
+def _require_held(content: Any, size: int) -> None:
+    """Refuse a tensor larger than its file: repeated along an axis, one number can have any shape.
+
+    Raises:
+        ValueError: saying which shape.
+    """
+    for tensor in _tensors_of(content):
+        if tensor.numel() * tensor.element_size() > max(size, _SMALL):
+            raise ValueError(f"a tensor of the shape {list(tensor.shape)} is more than the whole file holds")
+
+
+def _tensors_of(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, nn.Module):
+        yield from content.parameters()
+        yield from content.buffers()
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors_of(value)
+
+
 def members_of(path: Path) -> list[str]:
     """Name the members of a zip archive as torch writes it, without their first folder; none of what is no archive."""
     try:
@@ -126,12 +166,21 @@ def _member(name: str) -> str:
 def _require_whole_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [_member(name) for name in archive.namelist()]
+            _require_torch_save(path, [_member(name) for name in archive.namelist()])
+            infos = archive.infolist()
+            if sum(info.file_size for info in infos) > path.stat().st_size:
+                raise ValueError("its members claim to be larger than the file")  # torch.save compresses none
+            directory = next((info.filename for info in infos if info.external_attr & _IS_DIRECTORY), None)
+            if directory is not None:  # torch.load would read nothing, and give memory as it finds it
+                raise ValueError(f"{directory} claims to be a directory")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         raise FileError(f"{path} is truncated or damaged: {error}. Save or copy it again.") from error
     if damaged is not None:
         raise FileError(f"{path} is damaged: the checksum of {damaged} does not hold. Save or copy it again.")
+
+
+def _require_torch_save(path: Path, members: Sequence[str]) -> None:
     if "constants.pkl" in members:
         raise FileError(
             f"{path} is TorchScript, whose layers can't be trained sparse. Save the Python model with torch.save(model, ...)."
@@ -159,6 +208,32 @@ def _resolve(names: Sequence[str], file: str, trust: Sequence[str]) -> list[Any]
             + f"\n{_remedy({name.partition('.')[0] for name in foreign})}"
         )
     return [(_import(name, file, trust), name) for name in names]
+
+
+def _require_plain_calls(file: str | Path | IO[bytes], name: str, trust: Sequence[str]) -> None:
+    """Refuse calls of classes: modules are built without, and enumerations only look a value up."""
+    pickled = _pickle_in(file)
+    calls = [call for call in find_calls(pickled) if call not in _FUNCTIONS and not _inside(call, trust)]
+    calls = [call for call in calls if not _is_enum(call, name, trust)]
+    if calls:
+        raise UntrustedError(
+            f"{name} calls {', '.join(sorted(calls)[:4])} as no saved model does, so nothing was loaded or run. Don't load it "
+            "unless you made it; save the model's state_dict() instead."
+        )
+
+
+def _pickle_in(file: str | Path | IO[bytes]) -> bytes:
+    if isinstance(file, (str, Path)):
+        with Path(file).open("rb") as opened:
+            return _pickle_in(opened)
+    file.seek(0)
+    found: bytes = torch._C.PyTorchFileReader(file).get_record("data.pkl")  # as torch.load finds it
+    return found
+
+
+def _is_enum(name: str, file: str, trust: Sequence[str]) -> bool:
+    value = _import(name, file, trust) if _inside(name, PACKAGES) else None
+    return isinstance(value, type) and issubclass(value, enum.Enum)
 
 
 def _remedy(roots: set[str]) -> str:

@@ -19,7 +19,7 @@ import torch
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from nmgraph.errors import FileError, first_line
+from nmgraph.errors import FileError, NMGraphError, first_line
 from nmgraph.export.onnx_file import SITES_KEY, read_manifest
 from nmgraph.nm.grouping import FLAT, Axis
 from nmgraph.nm.pattern import Pattern
@@ -94,7 +94,22 @@ def verify_onnx(model: onnx.ModelProto, subject: str, pattern: Pattern | None = 
         model: a loaded ONNX model.
         subject: what to call it in the result.
         pattern: to check against; default each site's own from the file's manifest, or 2:4 for all it fits.
+
+    Raises:
+        FileError: if the graph contradicts itself.
     """
+    try:
+        return _verified(model, subject, pattern)
+    except NMGraphError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        # The checker looks at no attribute's value, and at no tensor's size.
+        raise FileError(
+            f"{subject} can't be followed as ONNX: {type(error).__name__}: {first_line(error)}. Copy it again, or export again."
+        ) from error
+
+
+def _verified(model: onnx.ModelProto, subject: str, pattern: Pattern | None) -> Verification:
     manifest = read_manifest(model)
     patterns, axes = (manifest.patterns, manifest.axes) if manifest else ({}, {})
     sites = _sites(model)

@@ -304,7 +304,7 @@ class Masked(nn.Module):
     ) -> None:  # fmt: skip
         for key, note in self.nm_notes.items():
             theirs = state_dict.get(f"{prefix}{_prefix(key)}recipe")
-            if theirs is not None and not torch.equal(theirs.cpu(), note.told.to_tensor()):
+            if isinstance(theirs, Tensor) and not _same(theirs.cpu(), note.told.to_tensor()):
                 error_msgs.append(
                     f"{note.site} was trained as {Recipe.describe_tensor(theirs)}, but this model is converted as "
                     f"{note.told}. Convert it the same way before loading."
@@ -509,6 +509,10 @@ def _wants_the_parameter() -> bool:
     Given the masked weight, ``fully_shard`` would take that for the parameter, and train it instead.
     """
     return not torch.compiler.is_compiling() and sys._getframe(2).f_code.co_name in _SHARDING
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _rebuild(base: type[nn.Module], keys: tuple[str, ...], splits: bool) -> nn.Module:

@@ -57,8 +57,10 @@ class WeightCheck:
     @property
     def little_gain(self) -> str:
         """Say why sparse kernels hardly pay for a ready weight; empty if they may."""
+        if self.tensorrt:
+            return ""
         channels = min(self.shape[:2])
-        return "" if self.tensorrt or channels >= _PAYS_FROM else f"{channels} channels: little gain"
+        return "" if channels >= _PAYS_FROM else f"{channels} channels: little gain"
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,13 @@ def check_weight(
         axis: the reduction axis, or ``flat``.
         groups: of a convolution.
     """
+    shape, obstacle = tuple(weight.shape), _unreadable(weight)
+    if obstacle:
+        return WeightCheck(name, kind, shape, str(pattern), expected, False, 0.0, obstacle, obstacle, axis)
+    if weight.dtype.itemsize == 1:
+        weight = weight.float()  # few operations know 8 bits
     w_OSC = canonical(weight.detach(), axis)
-    shape, channels = tuple(weight.shape), w_OSC.shape[-1]
+    channels = w_OSC.shape[-1]
     density = float((w_OSC != 0).float().mean())
     tensorrt = _tensorrt_obstacle(canonical(weight.detach(), 1) if axis == FLAT else w_OSC, groups)
     if not pattern.divides(channels):
@@ -170,7 +177,7 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
             usual = layer_axis(module) if is_layer(module) else 1
             axis = told.reduction_axis if told else axes.get(name, usual)
             groups = getattr(module, "groups", 1) if is_layer(module) else 1
-            fits = groups == 1 and wanted.divides(parameter.shape[usual])
+            fits = groups == 1 and parameter.dim() >= 2 and wanted.divides(parameter.shape[usual])
             weight = getattr(module, key)
             expected = own is not None or (manifest is None and fits)
             checks.append(check_weight(name, kind, weight, wanted, expected=expected, axis=axis, groups=groups))
@@ -207,6 +214,15 @@ def verify_tensors(
             axis = axes.get(site, 1) if name in sites else 1
             checks.append(check_weight(name, f"{tensor.dim()}-D", tensor, wanted, expected=expected, axis=axis))
     return Verification(subject, tuple(checks), () if checks else ("no weight with two or more axes found",))
+
+
+def _unreadable(weight: Tensor) -> str:
+    """Say why nothing can be read of a weight; empty if it can."""
+    if weight.layout != torch.strided or weight.is_quantized:
+        return f"it is stored as {weight.dtype if weight.is_quantized else weight.layout}".replace("torch.", "")
+    if weight.is_meta or not weight.numel():
+        return "it holds no values"
+    return "" if weight.dim() >= 2 else f"it has {weight.dim()} axes"
 
 
 def _tensorrt_obstacle(w_OSC: Tensor, groups: int) -> str:

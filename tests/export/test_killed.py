@@ -1,4 +1,4 @@
-"""An export that is killed leaves nothing under its name, and an earlier one as it was."""
+"""A save or an export that is killed leaves nothing under its name, and an earlier one as it was."""
 
 import contextlib
 import os
@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 import nmgraph
+
+sys.path.append(str(Path(__file__).parent.parent.parent / "benchmarks"))
+import faults_files
 
 STAGES = ("finalizing", "checking weights", "writing ONNX", "proving", "comparing", "writing safetensors")
 SCRIPT = """
@@ -59,9 +62,20 @@ def test_export_killed_at_any_moment_leaves_the_earlier_one_whole(stage, later, 
     nmgraph.export(model, tmp_path / "out", example_inputs=torch.zeros(1, 16))
     before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
     kill_at(tmp_path / "out", stage, later)
-    if (tmp_path / "out").exists():  # whole: the old one, or if the kill came too late, the new one
-        assert nmgraph.verify(tmp_path / "out" / "model.onnx").holds
-        after = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
-        assert after == before or set(after) == {*before, "model.safetensors"}
-    else:  # between taking the old one away and putting the new one there, both are beside it
-        assert any(f.name != "out" for f in tmp_path.iterdir())
+    # Whole: the old one, or if the kill came too late, the new one.
+    assert nmgraph.verify(tmp_path / "out" / "model.onnx").holds
+    after = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+    assert after == before or set(after) == {*before, "model.safetensors"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="two directories change places on Linux alone")
+@pytest.mark.parametrize(("way", "count"), [("save", 8), ("export_weights", 4)])
+def test_kill_at_a_random_moment_leaves_the_last_one_or_the_new_one(way, count):
+    found = faults_files.kills(way, count)
+    assert found["wrong"] == []
+    assert sum(found["found"].values()) == count
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="two directories change places on Linux alone")
+def test_kill_in_the_middle_of_replacing_a_directory_leaves_a_whole_one():
+    assert faults_files.directory_kills(60)["wrong"] == []
