@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo_digits.py --out demo-output
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not slow" --cov=nmgraph --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --cov=nmgraph --cov-report=term
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/masks.py
-	$(BIN)/python benchmarks/faults_resume.py
+	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/transposable.py
 	$(BIN)/python benchmarks/row_permutation.py
 	$(BIN)/python benchmarks/step_time.py

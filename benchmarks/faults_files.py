@@ -739,9 +739,12 @@ def report(found: dict[str, Any]) -> None:
         print(
             f"{each['kills']} kills of {way}: {each['found']} whole, {each['leftovers_beside']} leftovers, {len(each['wrong'])} wrong"
         )
-    for part in (damaged, found["hostile"], *found["kills"].values()):
-        for each in part["wrong"]:
-            print(f"  wrong: {each}")
+    for each in wrong_in(found):
+        print(f"  wrong: {each}")
+
+
+def wrong_in(found: dict[str, Any]) -> list[Any]:
+    return [each for part in (found["mutations"], found["hostile"], *found["kills"].values()) for each in part["wrong"]]
 
 
 def main() -> None:
@@ -754,6 +757,8 @@ def main() -> None:
     report(found)
     if args.json:
         record.write(args.json, found, seed=SEED)
+    if wrong_in(found):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -310,6 +310,13 @@ class Masked(nn.Module):
                     f"{note.told}. Convert it the same way before loading."
                 )
                 return
+            clock = state_dict.get(f"{prefix}{_prefix(key)}clock")
+            if isinstance(clock, Tensor) and clock.is_floating_point():
+                error_msgs.append(
+                    f"{note.site}: {prefix}{_prefix(key)}clock is {clock.dtype}, which cannot count steps. Cast only weights, "
+                    "or load the checkpoint as it was saved."
+                )
+                return
             note.at_gradient = None
         for name, buffer in self._empty_buffers().items():
             state_dict.setdefault(prefix + name, buffer)

@@ -45,6 +45,7 @@ class Controller:
         self._first = next(iter(self._weights.values()))  # all of them count the same steps
         self._clocks: dict[str, tuple[Tensor, int, int]] = {}  # buffer, its version, the step it holds
         self._fresh, self._updated = True, False
+        self._frozen: set[str] = set()
         self._said: set[str] = set()
         for weight in self._weights.values():
             weight.shard_state()
@@ -146,6 +147,9 @@ class Controller:
             self._fresh = True  # what has been left out is made up for
             return False
         for name, weight in self._weights.items():
+            if not weight.raw.requires_grad:  # its mask stands, too; what it has missed is made up for later
+                self._frozen.add(name)
+                continue
             group = groups.get(id(weight.raw))
             if group is None:
                 self._say(
@@ -156,7 +160,8 @@ class Controller:
                 group = {"lr": 0.0}
             # What turns the gradient as it stands into that of the loss that goes down.
             factor = (1.0 if scale is None else scale) * (-1.0 if group.get("maximize") else 1.0)
-            clock = Clock(self._clocks[name][2], self.total_steps, group["lr"], self._fresh)
+            clock = Clock(self._clocks[name][2], self.total_steps, group["lr"], self._fresh or name in self._frozen)
+            self._frozen.discard(name)
             restart = update_weight(weight, clock, factor)
             if restart is not None:
                 local(weight.raw).masked_fill_(restart, 0.0)
