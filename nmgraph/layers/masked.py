@@ -272,7 +272,7 @@ class Masked(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         names = [n for key, note in self.nm_notes.items() if not note.leader for n in buffer_names(key, note.told)]
         for key, note in self.nm_notes.items():
-            if not note.leader:
+            if not note.leader and is_sharded(self._parameters.get(key)):
                 MaskedWeight(self, key).shard_state()
         own = {name: self._buffers.pop(name) for name in names}
         try:

