@@ -64,8 +64,8 @@ def cut(tensor: Tensor, layout: Layout) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * layout.mesh.ndim
-    spread: Any = DTensor.from_local(tensor, layout.mesh, everywhere, run_check=False)
-    return spread.redistribute(placements=layout.placements).to_local()  # type: ignore[no-any-return]
+    replicated: Any = DTensor.from_local(tensor, layout.mesh, everywhere, run_check=False)
+    return replicated.redistribute(placements=layout.placements).to_local()  # type: ignore[no-any-return]
 
 
 def part_of(sharded: Tensor, value: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def state_layout(raw: Any, axis: Axis, m: int, site: str) -> Layout:
 
 
 def agreed(flag: Tensor, sharded: Sequence[Any]) -> Tensor:
-    """Give the largest of a number that each process has, over all that share a sharded tensor."""
+    """Give the largest of the numbers that the processes have, over all that share a sharded tensor."""
     from torch import distributed
 
     for mesh in {id(t.device_mesh): t.device_mesh for t in sharded}.values():

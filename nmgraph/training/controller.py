@@ -131,6 +131,7 @@ class Controller:
             self._say("the gradient is NaN or infinite: masks are left as they are at such steps.")
         self._updated = False
         for name, weight in self._weights.items():
+            self._fresh |= self._read_clock(name, weight)
             weight.clock[0] += 1
             clock, _, step = self._clocks[name]
             self._clocks[name] = (clock, clock._version, step + 1)
@@ -138,36 +139,37 @@ class Controller:
     @torch.no_grad()
     def _update(self) -> bool:
         """Update all weights; tell whether the gradient allowed for it."""
-        scale = next(iter(self._told_by_scaler("grad_scale")), None)
-        # An outer optimizer has all groups; those inside ZeroRedundancyOptimizer hold what this process steps.
-        groups = {id(p): group for o in reversed(self._optimizers) for group in o.param_groups for p in group["params"]}
         moved = [self._read_clock(name, weight) for name, weight in self._weights.items()]
         self._fresh = self._fresh or any(moved)
         if not all_finite(self._weights.values()):
             self._fresh = True  # what has been left out is made up for
             return False
+        scale = next(iter(self._told_by_scaler("grad_scale")), 1.0)
+        # An outer optimizer has all groups; those inside ZeroRedundancyOptimizer hold what this process steps.
+        groups = {id(p): group for o in reversed(self._optimizers) for group in o.param_groups for p in group["params"]}
         for name, weight in self._weights.items():
-            if not weight.raw.requires_grad:  # its mask stands, too; what it has missed is made up for later
-                self._frozen.add(name)
-                continue
-            group = groups.get(id(weight.raw))
-            if group is None:
-                self._say(
-                    f"{name}: the optimizer does not hold its weight any more, which was replaced after attach. Make the "
-                    "optimizer from the model as it is now, and attach again."
-                )
-                weight.shard_state()
-                group = {"lr": 0.0}
-            # What turns the gradient as it stands into that of the loss that goes down.
-            factor = (1.0 if scale is None else scale) * (-1.0 if group.get("maximize") else 1.0)
-            clock = Clock(self._clocks[name][2], self.total_steps, group["lr"], self._fresh or name in self._frozen)
-            self._frozen.discard(name)
-            restart = update_weight(weight, clock, factor)
-            if restart is not None:
-                local(weight.raw).masked_fill_(restart, 0.0)
-                self._say_left(name, clear_moments(self._optimizers, weight.raw, restart))
+            if weight.raw.requires_grad:
+                self._update_weight(name, weight, groups.get(id(weight.raw)), scale)
+                self._frozen.discard(name)
+            else:
+                self._frozen.add(name)  # its mask stands, too; what it has missed is made up for later
         self._fresh = False
         return True
+
+    def _update_weight(self, name: str, weight: MaskedWeight, group: dict[str, Any] | None, scale: Any) -> None:
+        if group is None:
+            self._say(
+                f"{name}: the optimizer does not hold its weight any more, which was replaced after attach. Make the "
+                "optimizer from the model as it is now, and attach again."
+            )
+            weight.shard_state()
+            group = {"lr": 0.0}
+        clock = Clock(self._clocks[name][2], self.total_steps, group["lr"], self._fresh or name in self._frozen)
+        # What turns the gradient as it stands into that of the loss that goes down.
+        restart = update_weight(weight, clock, scale * (-1.0 if group.get("maximize") else 1.0))
+        if restart is not None:
+            local(weight.raw).masked_fill_(restart, 0.0)
+            self._say_left(name, clear_moments(self._optimizers, weight.raw, restart))
 
     def _told_by_scaler(self, name: str) -> list[Any]:
         told = (getattr(optimizer, name, None) for optimizer in self._optimizers)

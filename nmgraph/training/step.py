@@ -48,14 +48,17 @@ def update_weight(weight: MaskedWeight, clock: Clock, factor: float | Tensor) ->
 
 def all_finite(weights: Iterable[MaskedWeight]) -> bool:
     """Tell whether no gradient of these weights is NaN or infinite, on any process that has a part of one."""
-    weights = [weight for weight in weights if weight.raw.grad is not None]
-    if not weights:
+    raws = [weight.raw for weight in weights]
+    if not raws:
         return True
-    grads = [local(weight.raw.grad) for weight in weights]
+    grads = [local(raw.grad) for raw in raws if raw.grad is not None]
     # One number of each: that of a sum is the quickest to find that an infinity or a NaN cannot leave finite.
     sums = [grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
-    broken = torch.stack([s.to(sums[0].device, torch.float64).isfinite().logical_not() for s in sums]).any().int()
-    return not bool(agreed(broken, [weight.raw for weight in weights if is_sharded(weight.raw)]))
+    device = local(raws[0]).device
+    broken = torch.stack(
+        [torch.zeros((), device=device), *(s.isfinite().logical_not().float().to(device) for s in sums)]
+    )
+    return not bool(agreed(broken.amax(), [raw for raw in raws if is_sharded(raw)]))
 
 
 def _over(grad: Tensor, factor: float | Tensor) -> Tensor:

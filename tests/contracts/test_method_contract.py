@@ -120,7 +120,7 @@ def test_a_method_learns_ends_at_the_pattern_and_does_the_same_again(method, kin
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize(("method", "kind", "pattern", "optimizer"), CASES)
+@pytest.mark.parametrize(("method", "kind", "pattern", "optimizer"), [c for c in CASES if c.values[2] == Pattern(2, 4)])
 def test_a_method_trains_on_in_a_copy(method, kind, pattern, optimizer):
     problem = Problem(method, kind, pattern)
     model, _ = problem.run(method, pattern, optimizer, steps=STEPS // 2)

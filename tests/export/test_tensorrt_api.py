@@ -52,14 +52,13 @@ def overridden():
 
 def calls():
     """Yield (path, number of positional arguments, names of the others) of every call."""
-    for tree in TREES.values():
-        called = {id(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
-        for path, node in uses():
-            if id(node) in called:
-                call = called[id(node)]
-                construct = path if f"{path}.__init__" not in REQUIRED_API else f"{path}.__init__"
-                own = construct.endswith(".__init__") and construct == path  # trt.ILogger.__init__(self)
-                yield construct, len(call.args) - own, [k.arg for k in call.keywords]
+    called = {id(n.func): n for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    for path, node in uses():
+        if id(node) in called:
+            call = called[id(node)]
+            construct = path if f"{path}.__init__" not in REQUIRED_API else f"{path}.__init__"
+            own = construct.endswith(".__init__") and construct == path  # trt.ILogger.__init__(self)
+            yield construct, len(call.args) - own, [k.arg for k in call.keywords]
 
 
 def takes(signature, count, names):

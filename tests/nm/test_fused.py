@@ -64,7 +64,13 @@ def equal(first, *others):
     )
 
 
-SLOW = [("4:8", torch.float32), ("1:16", torch.float32), ("2:4", torch.float16), ("2:4", torch.float64)]
+SLOW = [
+    ("2:4", torch.bfloat16),
+    ("4:8", torch.float32),
+    ("1:16", torch.float32),
+    ("2:4", torch.float16),
+    ("2:4", torch.float64),
+]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,6 @@ SLOW = [("4:8", torch.float32), ("1:16", torch.float32), ("2:4", torch.float16),
     [
         ("2:4", torch.float32),
         ("1:4", torch.float32),
-        ("2:4", torch.bfloat16),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
 )

@@ -256,7 +256,7 @@ def test_a_compiled_network_with_blocks_computed_again_is_one_graph_with_the_sam
     assert all(torch.allclose(p.grad, w, atol=1e-6) for p, w in zip(model.parameters(), wanted, strict=True))
 
 
-@pytest.mark.parametrize("variant", ["static", "srste", "bimask"])
+@pytest.mark.parametrize("variant", ["static", *(pytest.param(v, marks=pytest.mark.slow) for v in ("srste", "bimask"))])
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_optimizer_step_runs_the_method_all_the_same(variant):
     plain, _ = trained(variant)
