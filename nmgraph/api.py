@@ -267,7 +267,8 @@ def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Contr
         total_steps: optimizer steps of the whole run, those before a resume included. Schedules are fractions of it.
 
     Returns:
-        A controller, which need not be kept: all state is in the model.
+        A controller, which need not be kept: all state is in the model. Its ``update()`` goes before gradients are
+        clipped; its ``check_ranks()`` compares the masks of all processes.
 
     Raises:
         TrainingError: if model and optimizer do not belong together.

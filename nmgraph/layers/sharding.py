@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nmgraph.errors import TrainingError
 from nmgraph.nm.grouping import FLAT, Axis, canonical_shape
@@ -37,6 +37,13 @@ class Layout(NamedTuple):
 def is_sharded(tensor: Tensor | None) -> bool:
     """Tell whether a tensor lies in parts on several processes."""
     return type(tensor).__name__ == "DTensor"
+
+
+def reshard(model: nn.Module) -> None:
+    """Let ``fully_shard`` put its parameters back: after a forward without a backward it leaves those of the root whole."""
+    for module in model.modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
 
 
 def local(tensor: Any) -> Tensor:

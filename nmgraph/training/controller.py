@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nmgraph.errors import TrainingError
 from nmgraph.layers.masked import MaskedWeight, masked_weights
-from nmgraph.layers.sharding import local
+from nmgraph.layers.sharding import local, reshard
 from nmgraph.methods.contract import Clock
 from nmgraph.training.optimizer_state import clear_moments
 from nmgraph.training.ranks import require_equal_ranks
@@ -41,6 +41,7 @@ class Controller:
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         self.total_steps = _count(total_steps)
         self._optimizers = _optimizers_in(optimizer, model)
+        reshard(model)
         self._weights = _weights_trained_by(self._optimizers, model)
         self._first = next(iter(self._weights.values()))  # all of them count the same steps
         self._clocks: dict[str, tuple[Tensor, int, int]] = {}  # buffer, its version, the step it holds

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from training.test_ranks import FEW, STEPS, adamw, alone, network, require_equal, sgd, train
+from training.test_ranks import FEW, STEPS, adamw, alone, batch_of, network, require_equal, sgd, train
 from variants import VARIANTS
 
 import nmgraph
@@ -172,6 +172,19 @@ def sharded_late(rank, world):
 
 def test_a_model_sharded_after_attach_is_said():
     on_ranks(2, sharded_late)
+
+
+def evaluated_first(rank, world):
+    model = fully_shard(network("lbc"))
+    optimizer = sgd(model.parameters())
+    model.eval()(batch_of(0)[0])  # leaves the root's parameters whole
+    nmgraph.attach(model.train(), optimizer, total_steps=STEPS)
+    train(model, optimizer, rank, world)
+    require_equal(model.state_dict(), alone("lbc", sgd).state_dict())
+
+
+def test_a_sharded_model_may_be_evaluated_before_it_is_attached():
+    on_ranks(2, evaluated_first)
 
 
 def both_kinds(rank, world, variants):
