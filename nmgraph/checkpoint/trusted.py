@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import importlib
 import pickle
+import struct
 import sys
 import zipfile
 import zlib
@@ -43,6 +44,10 @@ _CONFIGS = frozenset(
 )  # fmt: skip
 """Base classes of the configurations that Hugging Face models hold."""
 
+# What reading a damaged archive raises; RuntimeError is that a member is encrypted.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, OverflowError, NotImplementedError, RuntimeError,
+)  # fmt: skip
 _IS_DIRECTORY = 0x10  # of MS-DOS, in the attributes of a zip archive's member
 _SMALL = 1 << 20  # bytes that a tensor may have in a file of any size
 
@@ -155,7 +160,7 @@ def members_of(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [_member(name) for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+    except _ZIP_ERRORS:
         return []
 
 
@@ -174,8 +179,8 @@ def _require_whole_zip(path: Path) -> None:
             if directory is not None:  # torch.load would read nothing, and give memory as it finds it
                 raise ValueError(f"{directory} claims to be a directory")
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise FileError(f"{path} is truncated or damaged: {error}. Save or copy it again.") from error
+    except _ZIP_ERRORS as error:
+        raise FileError(f"{path} is truncated or damaged: {first_line(error)}. Save or copy it again.") from error
     if damaged is not None:
         raise FileError(f"{path} is damaged: the checksum of {damaged} does not hold. Save or copy it again.")
 

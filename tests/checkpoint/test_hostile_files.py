@@ -220,3 +220,12 @@ def test_state_that_cannot_be_loaded_is_refused(case, path):
 def test_nested_tensor_is_refused(path):
     torch.save({"a.weight": torch.nested.nested_tensor([torch.zeros(2, 4), torch.zeros(3, 4)])}, path)
     assert "calls torch._utils._rebuild_nested_tensor" in refusal(UntrustedError, nmgraph.verify, path)
+
+
+def test_member_that_claims_to_begin_beyond_the_file_is_refused(path):
+    nmgraph.save(nmgraph.convert(mlp()), path)
+    data = bytearray(path.read_bytes())
+    data[data.rfind(b"PK\x03\x04") + 29] |= 0xC0  # the length of what precedes the last member
+    path.write_bytes(data)
+    for function in (nmgraph.load, nmgraph.verify):
+        assert "model.pt is truncated or damaged: EOFError. Save" in refusal(FileError, function, path)
