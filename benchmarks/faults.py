@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py --record
 
-Runs `faults_resume.py` (17 minutes on two busy cores), `faults_ranks.py` (25) and `faults_files.py` (15), each of which says
+Runs `faults_resume.py` (6 minutes on two cores), `faults_ranks.py` (25 on busy ones) and `faults_files.py` (6), each of which says
 what it tries and fails if a promise does not hold; `--quick` does a part of each. `--record` writes their results.
 """
 
