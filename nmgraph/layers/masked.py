@@ -141,7 +141,7 @@ class MaskedWeight:
     @state.setter
     def state(self, state: Any) -> None:
         for name, value in state._asdict().items():
-            buffer = self.buffer(name)
+            buffer = local(self.buffer(name))  # of a sharded one this process's part is set
             if buffer is not value:
                 buffer.copy_(value)
 
@@ -270,11 +270,10 @@ class Masked(nn.Module):
         return ", ".join(filter(None, [super().extra_repr(), *own]))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        names = [n for key, note in self.nm_notes.items() if not note.leader for n in buffer_names(key, note.told)]
         for key, note in self.nm_notes.items():
             if not note.leader and is_sharded(self._parameters.get(key)):
                 MaskedWeight(self, key).shard_state()
-        own = {name: self._buffers.pop(name) for name in names}
+        own = {name: self._buffers.pop(name) for name in self._own_buffer_names()}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
@@ -288,9 +287,12 @@ class Masked(nn.Module):
             note.at_gradient = None
         return self
 
+    def _own_buffer_names(self) -> list[str]:
+        return [n for key, note in self.nm_notes.items() if not note.leader for n in buffer_names(key, note.told)]
+
     def _empty_buffers(self) -> dict[str, Tensor]:
-        own = [n for key, note in self.nm_notes.items() if not note.leader for n in buffer_names(key, note.told)]
-        return {name: t for name in own if (t := self._buffers[name]) is not None and t.numel() == 0}
+        buffers = {name: self._buffers[name] for name in self._own_buffer_names()}
+        return {name: t for name, t in buffers.items() if t is not None and t.numel() == 0}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

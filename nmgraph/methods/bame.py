@@ -19,7 +19,7 @@ from torch import Tensor
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_phase, check_range, kept_after
 from nmgraph.methods.static import BAME_CIFAR
-from nmgraph.nm.fused import top_n
+from nmgraph.nm.fused import top_n, top_n_staying
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.masks import prune_further
 from nmgraph.nm.pattern import Pattern
@@ -228,10 +228,8 @@ class BAME(Method[BAMEState]):
         loss_OSC = (g * w_OSC.float()).abs()
         gain_OSC = clock.learning_rate * (g.square() if self.gain == "sgd" else g.abs())
         worth_OSGM = blocks(torch.where(mask, loss_OSC, gain_OSC), pattern.m)
-        # Kept ones first, so that of equals (dead channels have all zeros) the one stays that is there: no gain, no change.
-        kept_first = blocks(mask, pattern.m).byte().argsort(dim=-1, descending=True, stable=True)
-        chosen = top_n(worth_OSGM.gather(-1, kept_first), pattern.n)  # Eq. 6
-        return torch.zeros_like(chosen).scatter(-1, kept_first, chosen).flatten(-2)
+        # Dead channels have all zeros.
+        return top_n_staying(worth_OSGM, pattern.n, blocks(mask, pattern.m)).flatten(-2)  # Eq. 6
 
     def _remember(self, memory_OSG: Tensor, before: Tensor, after: Tensor, pattern: Pattern) -> Tensor:
         divergence_OSG = blocks(before ^ after, pattern.m).sum(-1)  # Eq. 7

@@ -17,7 +17,7 @@ from torch import Tensor
 from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
 from nmgraph.methods.schedule import check_range
 from nmgraph.methods.static import BAME_CIFAR, Static
-from nmgraph.nm.fused import top_n
+from nmgraph.nm.fused import top_n, top_n_staying
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import masked, straight_through
@@ -112,7 +112,6 @@ class RigL(Method[RigLState]):
         # Those just dropped stand for growth, too; so a block with a large gradient on them changes nothing.
         growth_OSGM = blocks(grad_OSC.abs().nan_to_num(0.0, 0.0, 0.0), pattern.m).masked_fill(survives_OSGM, -1.0)
         missing_OSG1 = pattern.n - survives_OSGM.sum(-1, keepdim=True)
-        # Kept ones first, so that of equals (without a gradient all are) the one stays that is there.
-        kept_first = blocks(mask_OSC, pattern.m).byte().argsort(dim=-1, descending=True, stable=True)
-        grown = top_n(growth_OSGM.gather(-1, kept_first), missing_OSG1)
-        return (survives_OSGM | torch.zeros_like(grown).scatter(-1, kept_first, grown)).flatten(-2)
+        # Without a gradient all are equal.
+        grown_OSGM = top_n_staying(growth_OSGM, missing_OSG1, blocks(mask_OSC, pattern.m))
+        return (survives_OSGM | grown_OSGM).flatten(-2)

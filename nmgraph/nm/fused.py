@@ -60,6 +60,17 @@ def top_n(scores: Tensor, n: int | Tensor, dim: int = -1) -> Tensor:
     return marked.scatter(dim, order, wanted.expand_as(scores))
 
 
+def top_n_staying(scores: Tensor, n: int | Tensor, marked: Tensor) -> Tensor:
+    """Do :func:`top_n` along the last axis, but of equals take those first that are marked already: no gain, no change.
+
+    >>> top_n_staying(torch.zeros(4), 2, torch.tensor([False, True, False, True]))
+    tensor([False,  True, False,  True])
+    """
+    marked_first = marked.byte().argsort(dim=-1, descending=True, stable=True)
+    chosen = top_n(scores.gather(-1, marked_first), n)
+    return torch.zeros_like(chosen).scatter(-1, marked_first, chosen)
+
+
 def zero_outside(mask: Tensor, t: Tensor) -> Tensor:
     """Give ``t`` where the mask holds, else 0, whatever stands there; without a gradient."""
     if t.device.type != "cpu" or not is_plain(mask, t):

@@ -31,6 +31,11 @@ def prune_further(w_OSC: Tensor, mask_OSC: Tensor, pattern: Pattern, keep: int) 
     return _by_magnitude_within(pattern.m, keep, w_OSC, mask_OSC) & mask_OSC
 
 
+def magnitude(weight: Tensor) -> float:
+    """Add up the magnitudes of a weight, in float64."""
+    return float(weight.abs().sum(dtype=torch.float64))
+
+
 def random_mask(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator) -> Tensor:
     """Keep N weights of every block at random; bool of ``shape``, on the generator's device."""
     draws_OSGM = blocks(torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device), pattern.m)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nmgraph.errors import ConversionError, UnfinishedError
 from nmgraph.layers.masked import MaskedWeight, masked_weights, unmask_all
 from nmgraph.nm.grouping import restore
-from nmgraph.nm.masks import check_blocks, prune_further
+from nmgraph.nm.masks import check_blocks, magnitude, prune_further
 from nmgraph.passes.rewrite import finish
 
 _log = logging.getLogger("nmgraph")
@@ -100,17 +100,15 @@ def fold(model: nn.Module, *, blended: bool = False) -> tuple[str, ...]:
     """
     weights = masked_weights(model)
     _require_values(weights)
-    magnitudes, anew = (
-        {},
-        [name for name, weight in weights.items() if _is_blended(weight) or (blended and weight.unfinished())],
-    )
+    anew = [name for name, weight in weights.items() if _is_blended(weight) or (blended and weight.unfinished())]
+    magnitudes = {}
     for name, weight in weights.items():
         told, raw = weight.told, weight.raw
         with torch.no_grad():
             w_OSC = weight.raw_OSC
             state = _concluded(weight, name in anew)
             folded_OSC = told.method.operand(w_OSC, state, told.pattern).forward
-            magnitudes[name] = _magnitude(w_OSC * (folded_OSC != 0)), _magnitude(w_OSC)
+            magnitudes[name] = magnitude(w_OSC * (folded_OSC != 0)), magnitude(w_OSC)
             # + 0.0 turns a negative zero into a plain one.
             raw.copy_(restore(folded_OSC, tuple(raw.shape), told.reduction_axis) + 0.0)
             check = check_blocks(weight.raw_OSC, told.pattern)
@@ -143,10 +141,6 @@ def _concluded(weight: MaskedWeight, blended: bool) -> Any:
     if blended and told.method.unfinished(w_OSC, state, told.pattern):
         state = state._replace(mask=prune_further(w_OSC, state.mask, told.pattern, told.pattern.n))
     return state
-
-
-def _magnitude(w_OSC: Tensor) -> float:
-    return float(w_OSC.abs().sum(dtype=torch.float64))
 
 
 def _log_kept(magnitudes: Mapping[str, tuple[float, float]], anew: list[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nmgraph.nm.grouping import FLAT, Axis, canonical, restore
-from nmgraph.nm.masks import check_blocks, magnitude_mask
+from nmgraph.nm.masks import check_blocks, magnitude, magnitude_mask
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.manifest import Entry, Manifest
 from nmgraph.passes.structure import owner_of
@@ -61,14 +61,11 @@ def _project_site(weight: nn.Parameter, entry: Entry, pattern: Pattern) -> Proje
     if not pattern.divides(w_OSC.shape[-1]) or check_blocks(w_OSC, pattern).holds:
         return None
     kept_OSC = w_OSC * magnitude_mask(w_OSC, pattern)
-    weights, magnitude = (float(f(kept_OSC) / f(w_OSC)) for f in (torch.count_nonzero, _magnitude))
+    weights = float(torch.count_nonzero(kept_OSC) / torch.count_nonzero(w_OSC))
+    kept_magnitude = magnitude(kept_OSC) / magnitude(w_OSC)
     with torch.no_grad():
         weight.copy_(restore(kept_OSC, tuple(weight.shape), axis) + 0.0)  # + 0.0: no negative zeros
-    return Projection(entry.name, entry.pattern, str(pattern), weights, magnitude)
-
-
-def _magnitude(w_OSC: torch.Tensor) -> torch.Tensor:
-    return w_OSC.double().abs().sum()
+    return Projection(entry.name, entry.pattern, str(pattern), weights, kept_magnitude)
 
 
 def _renewed(entry: Entry, pattern: Pattern) -> Entry:

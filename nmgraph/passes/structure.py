@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from nmgraph.errors import ConversionError
+from nmgraph.layers.sharding import is_sharded
 
 
 def share(tensor: Tensor) -> Tensor:
@@ -94,10 +95,10 @@ def _is_called(model: nn.Module, *names: str) -> bool:
 def find_sharded(model: nn.Module) -> str:
     """Say what of a model is sharded over processes (FSDP, tensor parallelism), if anything is; found by its names."""
     for name, module in model.named_modules():
-        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+        if _is_called(module, "FullyShardedDataParallel"):
             return f"{name or 'the model'} is wrapped in FullyShardedDataParallel"
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor":
+        if is_sharded(parameter):
             return f"{name} is a DTensor, sharded over processes"
     return ""
 

@@ -33,17 +33,13 @@ def update_weight(weight: MaskedWeight, clock: Clock, factor: float | Tensor) ->
     state = told.method.state_type(**{name: seen(tensor) for name, tensor in weight.state._asdict().items()})
     update = told.method.update(canonical(w, axis), grad_OSC, state, told.pattern, clock)
 
-    for name, value in update.state._asdict().items():
-        if value is not getattr(state, name):
-            buffer = weight.buffer(name)
-            local(buffer).copy_(part_of(buffer, value) if across else value)
+    def own_part(like: Tensor, value: Tensor) -> Tensor:
+        return part_of(like, value) if across else value
+
+    weight.state = update.state._make(map(own_part, weight.state, update.state))
     if raw.grad is not None and update.grad is not grad_OSC:
-        own = restore(update.grad, tuple(w.shape), axis) * factor
-        local(raw.grad).copy_(part_of(raw, own) if across else own)
-    if update.restart is None:
-        return None
-    restart = restore(update.restart, tuple(w.shape), axis)
-    return part_of(raw, restart) if across else restart
+        local(raw.grad).copy_(own_part(raw, restore(update.grad, tuple(w.shape), axis) * factor))
+    return None if update.restart is None else own_part(raw, restore(update.restart, tuple(w.shape), axis))
 
 
 def all_finite(weights: Iterable[MaskedWeight]) -> bool:
