@@ -15,7 +15,6 @@ two whole models that were written there, every time. A process that only replac
 the middle of that far more often.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -725,7 +724,7 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def report(found: dict[str, Any]) -> None:
+def report(found: dict[str, Any]) -> bool:
     damaged = found["mutations"]
     print(
         f"{damaged['files']} damaged files, {damaged['reads']} reads: "
@@ -739,27 +738,11 @@ def report(found: dict[str, Any]) -> None:
         print(
             f"{each['kills']} kills of {way}: {each['found']} whole, {each['leftovers_beside']} leftovers, {len(each['wrong'])} wrong"
         )
-    for each in wrong_in(found):
+    wrong = [each for part in (damaged, found["hostile"], *found["kills"].values()) for each in part["wrong"]]
+    for each in wrong:
         print(f"  wrong: {each}")
-
-
-def wrong_in(found: dict[str, Any]) -> list[Any]:
-    return [each for part in (found["mutations"], found["hostile"], *found["kills"].values()) for each in part["wrong"]]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    found = measure(args.quick)
-    report(found)
-    if args.json:
-        record.write(args.json, found, seed=SEED)
-    if wrong_in(found):
-        sys.exit(1)
+    return not wrong
 
 
 if __name__ == "__main__":
-    main()
+    record.run(__doc__, measure, report, seed=SEED)

@@ -11,12 +11,10 @@ In float64 the order in which gradients are added up decides nothing, and the di
 weight may win its place in a block by a rounding error, after which two runs part; that is reported, too.
 """
 
-import argparse
 import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import record
@@ -41,9 +39,9 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 KINDS = ("ddp", "fully_shard")
 
 
-def batches(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(dtype: torch.dtype, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(SEED)
-    for _ in range(STEPS):
+    for _ in range(steps):
         x = torch.randn(BATCH, 8, 4, 4, generator=generator, dtype=dtype)
         yield x, torch.randint(8, (BATCH,), generator=generator)
 
@@ -58,10 +56,10 @@ def network(variant: str, dtype: torch.dtype) -> nn.Module:
     return nmgraph.convert(net.to(dtype), method=method, **options)
 
 
-def train(model: nn.Module, dtype: torch.dtype, rank: int = 0, world: int = 1) -> None:
+def train(model: nn.Module, dtype: torch.dtype, steps: int, rank: int = 0, world: int = 1) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-    controller = nmgraph.attach(model, optimizer, total_steps=STEPS)
-    for x, y in batches(dtype):
+    controller = nmgraph.attach(model, optimizer, total_steps=steps)
+    for x, y in batches(dtype, steps):
         optimizer.zero_grad()
         F.cross_entropy(model(x[rank::world]), y[rank::world]).backward()
         optimizer.step()
@@ -77,18 +75,20 @@ def outcome(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def alone(dtype: torch.dtype, variant: str) -> dict[str, tuple[Tensor, Tensor]]:
+def alone(dtype: torch.dtype, variant: str, steps: int) -> dict[str, tuple[Tensor, Tensor]]:
     model = network(variant, dtype)
-    train(model, dtype)
+    train(model, dtype, steps)
     return outcome(model)
 
 
-def measure_on_ranks(rank: int, world: int, kind: str, references: dict[str, dict[str, Any]], answers: Any) -> None:
+def measure_on_ranks(
+    rank: int, world: int, kind: str, steps: int, references: dict[str, dict[str, Any]], answers: Any
+) -> None:
     for name, dtype in DTYPES.items():
         for variant, wanted in references[name].items():
             model: Any = network(variant, dtype)
             model = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model)
-            train(model, dtype, rank, world)
+            train(model, dtype, steps, rank, world)
             found = outcome(model)
             if rank == 0:
                 differs = max(float((found[n][0] - w).norm() / w.norm()) for n, (w, _) in wanted.items())
@@ -99,21 +99,18 @@ def measure_on_ranks(rank: int, world: int, kind: str, references: dict[str, dic
 
 def measure(quick: bool) -> dict[str, Any]:
     """Train all methods with two and four processes; quick ones with two, and fewer steps."""
-    global STEPS
-    STEPS = 20 if quick else STEPS
-    runs, began = [], time.perf_counter()
-    torch.set_num_threads(1)  # as in the processes
-    references = {name: {v: alone(dtype, v) for v in VARIANTS} for name, dtype in DTYPES.items()}
+    steps, runs, began = STEPS // 10 if quick else STEPS, [], time.perf_counter()
+    references = {name: {v: alone(dtype, v, steps) for v in VARIANTS} for name, dtype in DTYPES.items()}
     for world in (2,) if quick else (2, 4):
         for kind in KINDS:
             answers = multiprocessing.get_context("fork").SimpleQueue()
-            on_ranks(world, measure_on_ranks, kind, references, answers)
+            on_ranks(world, measure_on_ranks, kind, steps, references, answers)
             while not answers.empty():
                 runs.append({"ranks": world, "kind": kind, **answers.get()})
-    return {"steps": STEPS, "seconds": time.perf_counter() - began, "runs": runs}
+    return {"steps": steps, "seconds": time.perf_counter() - began, "runs": runs}
 
 
-def show(found: dict[str, Any]) -> None:
+def report(found: dict[str, Any]) -> bool:
     print(
         f"{len(VARIANTS)} variants of methods, {found['steps']} steps; masks and clocks were equal on all ranks at every step"
     )
@@ -126,20 +123,8 @@ def show(found: dict[str, Any]) -> None:
                 kept = sum(run["difference"] <= LIMIT for run in runs)
                 told = f"{worst['difference']:.1e} ({worst['variant']}), {kept} of {len(runs)} within {LIMIT:.0e}"
                 print(f"{world} {kind:<12}{dtype:<8}{told:>60}{max(r['masks'] for r in runs):>12.2%}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two ranks, a tenth of the steps")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
-    args = parser.parse_args()
-    found = measure(args.quick)
-    show(found)
-    if args.json:
-        record.write(args.json, found, seed=SEED)
-    if any(run["difference"] > LIMIT for run in found["runs"] if run["dtype"] == "float64"):
-        sys.exit(1)
+    return all(run["difference"] <= LIMIT for run in found["runs"] if run["dtype"] == "float64")
 
 
 if __name__ == "__main__":
-    main()
+    record.run(__doc__, measure, report, seed=SEED)

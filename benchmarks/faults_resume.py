@@ -12,7 +12,6 @@ other optimizers, around what they do alone. Nothing may differ.
 The processes are forked from a server that has imported nmgraph and done nothing else, so that many of them take minutes.
 """
 
-import argparse
 import multiprocessing
 import random
 import sys
@@ -199,22 +198,11 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer steps and fewer stops")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    found = measure(args.quick)
-    print(
-        f"{found['runs']} runs, resumed {found['resumed']} times in {time.perf_counter() - began:.0f} s; {found['differing']} differ"
-    )
-    if args.json:
-        record.write(args.json, found, seed=SEED)
-    if found["differing"]:
-        sys.exit(1)
+def report(found: dict[str, Any]) -> bool:
+    seconds = sum(result["wall_time_s"] for result in found["results"])
+    print(f"{found['runs']} runs, resumed {found['resumed']} times in {seconds:.0f} s; {found['differing']} differ")
+    return not found["differing"]
 
 
 if __name__ == "__main__":
-    main()
+    record.run(__doc__, measure, report, seed=SEED)

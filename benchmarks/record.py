@@ -1,10 +1,12 @@
 """What a measurement says of itself: its command, commit, machine and versions; and its JSON file."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,22 @@ import torch
 import nmgraph
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(
+    about: str, measure: Callable[[bool], dict[str, Any]], report: Callable[[dict[str, Any]], bool], *, seed: int
+) -> None:
+    """Be the script of a benchmark of promises: exit with 1 if ``report`` says that one does not hold."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a part of everything")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(args.quick)
+    held = report(found)
+    if args.json:
+        write(args.json, found, seed=seed)
+    sys.exit(0 if held else 1)
 
 
 def write(path: Path, results: dict[str, Any], *, seed: int) -> None:
