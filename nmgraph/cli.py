@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 import os
 import shlex
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import nmgraph
 from nmgraph import api
 from nmgraph.checkpoint.dense_file import default_output, read_dense
 from nmgraph.checkpoint.named_models import NamedModel
-from nmgraph.errors import ConversionError, ExportError, FileError, MethodError, NMGraphError
+from nmgraph.console import FAILED, FINE, answer, answering, progress_bar
+from nmgraph.errors import ConversionError, ExportError, FileError, MethodError
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import masked_weights
@@ -32,9 +28,28 @@ from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import METHODS, find_preset, make_method
 from nmgraph.methods.contract import Preset
 from nmgraph.nm.pattern import Pattern
+from nmgraph.options import (
+    BlockAxisOption,
+    ConvertedArgument,
+    DebugOption,
+    FactoryOption,
+    IncludeOption,
+    InputOption,
+    JsonOption,
+    KeepDenseOption,
+    LayerOption,
+    MethodOption,
+    ModelArgument,
+    OutOption,
+    OverwriteOption,
+    PatternOption,
+    PresetOption,
+    SetOption,
+    SkipOption,
+    TrustOption,
+)
 from nmgraph.passes.permutation_report import PermutationReport
 
-FINE, FAILED, MISUSED = 0, 1, 2
 _EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES = 6, 3, 2
 
 app = typer.Typer(
@@ -45,61 +60,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-ModelArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL",
-        help="A pickled module, a Hugging Face directory, timm:NAME, torchvision:NAME, or weights with --model.",
-    ),
-]
-ConvertedArgument = Annotated[
-    Path, typer.Argument(metavar="CONVERTED", help="A .nm.pt file, as `nmgraph convert` writes it.")
-]
-FactoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="PKG.MOD:FACTORY",
-        help="What makes the dense model; also timm:NAME or torchvision:NAME, with ,KEY=VALUE for options.",
-    ),
-]
-TrustOption = Annotated[
-    list[str], typer.Option("--trust", metavar="PACKAGE", help="Import this package if the file names its classes.")
-]
-MethodOption = Annotated[str, typer.Option("--method", help="Training method; see `nmgraph methods`.")]
-PatternOption = Annotated[
-    str, typer.Option("--pattern", metavar="N:M", help="Keep N of every M weights along the input channels.")
-]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the method.")]
-SkipOption = Annotated[list[str], typer.Option("--skip", metavar="GLOB", help="Leave these layers dense.")]
-IncludeOption = Annotated[
-    list[str],
-    typer.Option("--include", metavar="GLOB", help="Convert these, too, if grouped, frozen or shared."),
-]
-LayerOption = Annotated[
-    list[str],
-    typer.Option(
-        "--layer", metavar="GLOB=N:M", help="Give these layers a pattern of their own; the last that matches counts."
-    ),
-]
-KeepDenseOption = Annotated[
-    str | None, typer.Option("--keep-dense", metavar="stem,head", help="Leave the layers at the model's ends dense.")
-]
-BlockAxisOption = Annotated[
-    str | None,
-    typer.Option("--block-axis", metavar="channels|flat", help="Along what blocks of a convolution run."),
-]
-PresetOption = Annotated[
-    str | None, typer.Option("--preset", metavar="NAME", help="Published settings of the method: paper, code.")
-]
-InputOption = Annotated[
-    list[str], typer.Option("--input", metavar="[NAME=]1x3x224x224[:DTYPE]", help="Shape of an example input.")
-]
-OutOption = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def main() -> None:
@@ -113,7 +73,7 @@ def main() -> None:
 @app.command()
 def methods(json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the training methods, with their options and costs."""
-    with _answering(json, debug):
+    with answering(json, debug):
         rows = [_describe(cls) for cls in METHODS.values()]
         table = Table(header_style="bold", show_lines=True)
         table.add_column("method", no_wrap=True)
@@ -127,7 +87,7 @@ def methods(json: JsonOption = False, debug: DebugOption = False) -> None:
             lines += [f"[dim]--set[/] {escape('  '.join(options)) or '(no options)'}"]
             lines += [f"[dim]--preset[/] {'|'.join(row['presets'])}"]
             table.add_row(row["name"], "\n".join(lines))
-        _answer(json, rows, table)
+        answer(json, rows, table)
 
 
 @app.command()
@@ -142,13 +102,13 @@ def inspect(
     debug: DebugOption = False,
 ) -> None:
     """Show what `convert` would make of every layer, and change nothing."""
-    with _answering(json, debug), _progress(json, 1) as progress:
+    with answering(json, debug), progress_bar(json, 1) as progress:
         recipe = Recipe(make_method(method), Pattern.parse(pattern))
         dense = read_dense(model, factory=factory, trust=trust)
         inputs = _inputs(input) or _usual_inputs(dense.model)
         found = api.plan(dense.model, recipe, inputs=inputs, progress=progress).manifest()
         told = {"coverage": found.coverage, "macs_coverage": found.macs_coverage, "notes": dense.notes}
-        _answer(json, found.to_dict() | told, found, "\n".join(dense.notes))
+        answer(json, found.to_dict() | told, found, "\n".join(dense.notes))
 
 
 @app.command()
@@ -175,7 +135,7 @@ def convert(
     debug: DebugOption = False,
 ) -> None:
     """Make a model's layers sparse-trainable, and write it beside the model as .nm.pt."""
-    with _answering(json, debug), _progress(json, _CONVERT_STAGES + permute_channels) as progress:
+    with answering(json, debug), progress_bar(json, _CONVERT_STAGES + permute_channels) as progress:
         out = output or default_output(model)
         require_writable(out, overwrite=overwrite)
         if out.exists() and model.exists() and out.samefile(model):
@@ -202,7 +162,7 @@ def convert(
             settings["preset"] = {"name": preset, **dataclasses.asdict(published)}
             note = f"{_explain(preset, published, told.method.options(), keep_dense, block_axis)}\n{note}"
         shown = Group(found, PermutationReport(found.channel_order)) if permute_channels else found
-        _answer(json, {"output": str(out), **settings, **found.to_dict(), "notes": dense.notes}, shown, note)
+        answer(json, {"output": str(out), **settings, **found.to_dict(), "notes": dense.notes}, shown, note)
 
 
 @app.command()
@@ -214,7 +174,7 @@ def status(
     debug: DebugOption = False,
 ) -> None:
     """Show how far a converted model's training has come, layer by layer."""
-    with _answering(json, debug):
+    with answering(json, debug):
         model = nmgraph.load(converted, model=factory, trust=trust)
         rows = []
         for name, weight in masked_weights(model).items():
@@ -239,7 +199,7 @@ def status(
             table.add_row(
                 escape(row["site"]) or "(root)", row["method"], row["pattern"], steps, f"{row['kept']:.1%}", reached
             )
-        _answer(json, {"layers": rows}, table)
+        answer(json, {"layers": rows}, table)
 
 
 @app.command()
@@ -277,7 +237,7 @@ def export(
     debug: DebugOption = False,
 ) -> None:
     """Finalize a trained model, write it, and prove what was written."""
-    with _answering(json, debug), _progress(json, _EXPORT_STAGES + _ENGINE_STAGES * trt) as progress:
+    with answering(json, debug), progress_bar(json, _EXPORT_STAGES + _ENGINE_STAGES * trt) as progress:
         if trt:
             require_tensorrt()
         _require_no_directory(converted)
@@ -291,7 +251,7 @@ def export(
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
         note = f"To build the engine on another machine, in a copy of {out}:\n{report.trtexec}" if trt_command else ""
-        _answer(json, report.to_dict(), report, note, code=FINE if report.holds else FAILED)
+        answer(json, report.to_dict(), report, note, code=FINE if report.holds else FAILED)
 
 
 @app.command()
@@ -307,9 +267,9 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Check that weights keep to their pattern; exit code 1 if one does not."""
-    with _answering(json, debug):
+    with answering(json, debug):
         found = nmgraph.verify(file, pattern, model=factory, trust=trust)
-        _answer(json, found.to_dict(), found, code=FINE if found.holds else FAILED)
+        answer(json, found.to_dict(), found, code=FINE if found.holds else FAILED)
 
 
 @app.command()
@@ -323,7 +283,7 @@ def bench(
     debug: DebugOption = False,
 ) -> None:
     """Time ONNX files in ONNX Runtime, or engines in TensorRT, on this machine, side by side."""
-    with _answering(json, debug), _progress(json, len(files)) as progress:
+    with answering(json, debug), progress_bar(json, len(files)) as progress:
         from nmgraph.export.timing import time_files
 
         found = time_files(files, inputs=_inputs(input), rounds=rounds, progress=progress)
@@ -331,7 +291,7 @@ def bench(
             "ONNX Runtime multiplies zeros like other numbers: sparse files are not faster here, only on NVIDIA GPUs."
         )
         note = on_cpu if found.runner.startswith("ONNX") else ""
-        _answer(json, found.to_dict(), found, note)
+        answer(json, found.to_dict(), found, note)
 
 
 def _require_no_directory(path: Path) -> None:
@@ -406,59 +366,3 @@ def _inputs(texts: list[str]) -> Any:
     from nmgraph.export.inputs import parse_inputs
 
     return parse_inputs(texts)
-
-
-def _answer(json: bool, values: Any, shown: Any, note: str = "", code: int = FINE) -> None:
-    if json:
-        sys.stdout.write(json_module.dumps(values, indent=2) + "\n")
-    else:
-        console = Console()
-        console.print(shown)
-        if note:
-            console.print(note, markup=False, soft_wrap=True)
-    if code:
-        raise typer.Exit(code)
-
-
-@contextmanager
-def _answering(json: bool, debug: bool) -> Iterator[None]:
-    """Turn an error into a message on stderr, or into JSON, and an exit code."""
-    try:
-        yield
-    except NMGraphError as error:
-        _complain(json, debug, str(error))
-    except KeyboardInterrupt:
-        _complain(json, debug, "interrupted; nothing was written.")
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        _complain(
-            json, debug, f"internal error: {type(error).__name__}: {error}\nPlease report it, with what --debug shows."
-        )
-
-
-def _complain(json: bool, debug: bool, message: str) -> None:
-    if debug:
-        traceback.print_exc()
-    if json:
-        sys.stdout.write(json_module.dumps({"error": message}) + "\n")
-    else:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    raise typer.Exit(MISUSED)
-
-
-@contextmanager
-def _progress(json: bool, stages: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr while a person waits; none where nobody watches."""
-    console = Console(file=sys.stderr)  # kept: the exporter's own output to stderr is silenced meanwhile
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=json or not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=stages + 1)
-        begun = ""
-
-        def advance(stage: str) -> None:
-            nonlocal begun
-            before, begun = begun, stage.partition(":")[0]  # what follows tells how far the same stage is
-            bar.update(task, description=stage, advance=begun != before)
-
-        yield advance

@@ -329,11 +329,11 @@ def test_export_projects_what_sparse_tactics_could_not_take(tmp_path):
 
 
 def test_bar_moves_once_a_stage_and_tells_how_far_it_is(monkeypatch):
-    from nmgraph import cli
+    from nmgraph import console
 
     updates = []
-    monkeypatch.setattr(cli.Progress, "update", lambda self, task, **values: updates.append(values))
-    with cli._progress(True, 3) as progress:
+    monkeypatch.setattr(console.Progress, "update", lambda self, task, **values: updates.append(values))
+    with console.progress_bar(True, 3) as progress:
         for stage in ("writing", "building", "building: 50 %", "building: 100 %", "running"):
             progress(stage)
     assert [(u["description"], int(u["advance"])) for u in updates] == [

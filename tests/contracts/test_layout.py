@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "api": {"nm", "methods", "layers", "passes", "training", "checkpoint", "export"},
     "integrations": {"api", "layers", "passes", "training"},
     "__init__": {"api", "methods", "nm"},
-    "cli": {"api", "nm", "methods", "layers", "passes", "training", "checkpoint", "export"},
+    "console": set(),
+    "options": set(),
+    "cli": {"console", "options", "api", "nm", "methods", "layers", "passes", "training", "checkpoint", "export"},
     "__main__": {"cli"},
 }
 EVERYWHERE = {"compilation", "errors", "files"}
