@@ -51,6 +51,7 @@ from nmgraph.passes.trace import USUAL, Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
 from nmgraph.training.controller import Controller
+from nmgraph.training.telemetry import Telemetry, find_sink
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -274,6 +275,38 @@ def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Contr
         TrainingError: if model and optimizer do not belong together.
     """
     return Controller(model, optimizer, total_steps)
+
+
+def record(controller: Controller, *sinks: Any, every: int | None = None) -> Telemetry:
+    """Record what masks do while a model trains: how many weights change sides, what masks keep, how far a method is.
+
+    Args:
+        controller: what ``attach`` gave; records are made after steps of its optimizer, without a further call.
+        *sinks: names of files, ``.jsonl`` (what ``nmgraph report`` reads) or ``.csv``, which are appended to; a
+            :class:`~nmgraph.training.sinks.TensorBoard`; or anything that is called with each entry.
+        every: steps between two records; by default 200 records a run, and no more often than every 50 steps.
+
+    Returns:
+        Its ``note(loss=loss)`` adds numbers of the loop to the records; its ``close()`` stops recording.
+
+    Raises:
+        NMGraphError: if ``every`` or a sink cannot be used.
+
+    Example:
+        >>> import torch, nmgraph
+        >>> net = nmgraph.convert(torch.nn.Linear(16, 8), method="srste")
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> seen = []
+        >>> telemetry = nmgraph.record(nmgraph.attach(net, optimizer, total_steps=4), seen.append, every=2)
+        >>> for step in range(4):
+        ...     loss = net(torch.ones(1, 16)).square().sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     telemetry.note(loss=loss)
+        >>> [type(entry).__name__ for entry in seen]
+        ['Run', 'Record', 'Picture', 'Record', 'Picture', 'Record', 'Picture']
+    """
+    return Telemetry(controller, [find_sink(sink) for sink in sinks], every)
 
 
 def manifest(model: nn.Module) -> Manifest:

@@ -15,6 +15,7 @@ def test_front_door_is_what_the_design_names():
         "finalize",
         "load",
         "manifest",
+        "record",
         "save",
         "verify",
     ]
