@@ -89,7 +89,7 @@ def main() -> None:
     sys.path.append(os.getcwd())
     # torch's own, when the graph of an exported program is copied.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
-    app()
+    app(prog_name="nmgraph")
 
 
 @app.command(epilog=manual.METHODS)

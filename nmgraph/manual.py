@@ -46,8 +46,8 @@ CONVERT = _page(
     "the path of the written file.",
     "convert model.pt",
     "convert model.pt --method srste --set decay=1e-3",
-    "convert model.pt --preset paper --keep-dense stem",
-    "convert model.pt --skip 'head*' --layer 'mlp.*=1:4'",
+    "convert model.pt --preset paper",
+    "convert model.pt --skip head --layer 'mlp.*=1:4'",
     "convert timm:resnet50 -o sparse/resnet50.nm.pt",
     "convert weights.pt --model my_package.nets:make",
 )
