@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +18,7 @@ import nmgraph
 from nmgraph import api, manual, suggestions
 from nmgraph.checkpoint.dense_file import default_output, read_dense
 from nmgraph.checkpoint.named_models import NamedModel
-from nmgraph.console import FAILED, FINE, Answer, Commands, answering, progress_bar
+from nmgraph.console import FAILED, FINE, Answer, Commands, answering, progress_bar, typed
 from nmgraph.errors import ConversionError, ExportError, FileError, MethodError
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
@@ -182,7 +181,7 @@ def convert(
         named = dense.factory and not NamedModel.names(dense.factory)  # a library's own model is made again unasked
         again = ["nmgraph", "export", str(out), *(["--model", str(dense.factory)] if named else [])]
         again += [word for package in trust for word in ("--trust", package)]
-        note = "\n".join([*dense.notes, f"Wrote {out}. Train it, then: {shlex.join(again)}"])
+        note = "\n".join([*dense.notes, f"Wrote {out}. Train it, then: {typed(again)}"])
         told = next(iter(masked_weights(converted).values())).told
         settings: dict[str, Any] = {"options": told.method.options()}
         if preset:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json as json_module
+import os
+import shlex
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +107,11 @@ class Commands(TyperGroup):
             _print_error(error.format_message())
             code = MISUSED
         sys.exit(code)
+
+
+def typed(words: Sequence[str]) -> str:
+    """Write a call as it is typed; the shells of Windows quote in another way."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 @contextmanager

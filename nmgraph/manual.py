@@ -66,7 +66,7 @@ EXPORT = _page(
     "export model.nm.pt",
     "export model.nm.pt --precision fp16 --trt",
     "export model.nm.pt --no-onnx --safetensors",
-    "export bert.nm.pt --hf --input input_ids=1x16:int64",
+    "export bert.nm.pt --hf",
     "export model.nm.pt --force --overwrite",
     failed="a check of what was written did not hold",
 )
@@ -84,6 +84,6 @@ BENCH = _page(
     "nothing.",
     "a line for each file: its median time, then its name.",
     "bench dense.onnx model-export/model.onnx",
-    "bench model.onnx --input 8x3x224x224 --rounds 100",
+    "bench model.onnx --input 8x3x224x224",
     "bench dense.plan sparse.plan",
 )
