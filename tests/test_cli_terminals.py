@@ -133,7 +133,7 @@ def test_every_answer_of_a_resnet_is_readable_in_processes_of_its_own(tmp_path, 
                 assert "layer1.0.conv1" in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [["methods"], ["methods", "--json"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["methods"], ["methods", "--quiet"]], ids=" ".join)
 def test_reader_that_has_left_is_no_error(arguments):
     reading, writing = os.pipe()
     os.close(reading)
