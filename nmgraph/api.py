@@ -121,7 +121,7 @@ def convert(
     Raises:
         NMGraphError: a subclass naming the layer, the value and the remedy.
 
-    Example:
+    Examples:
         >>> import torch, nmgraph
         >>> net = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> print(nmgraph.manifest(nmgraph.convert(net, method="lbc")))
@@ -323,7 +323,7 @@ def verify(
     Args:
         model_or_path: a module, a ``.pt``, ``.nm.pt``, ``.safetensors`` or ``.onnx`` file, or a Hugging Face directory.
         pattern: to check against; by default each site's own as recorded, or 2:4 for all weights it fits.
-        model: for a file that does not hold its module: the dense model, or what makes it, as for :func:`load`.
+        model: for a file that does not hold its module: the dense model, or what makes it, as for ``load``.
         trust: packages whose pickled classes may be loaded, besides the usual.
 
     Raises:
