@@ -11,7 +11,9 @@ import nmgraph
 from nmgraph import errors
 
 ROOT = Path(__file__).parent.parent
-TEXT_OF_MARKDOWN = re.compile(r"^([-*] |\d+\. |\||```)|>>>|&gt;&gt;&gt;|\]\(|:(meth|class|func|mod|data):", re.MULTILINE)
+TEXT_OF_MARKDOWN = re.compile(
+    r"^([-*] |\d+\. |\||```)|>>>|&gt;&gt;&gt;|\]\(|:(meth|class|func|mod|data):", re.MULTILINE
+)
 
 
 @pytest.fixture(scope="module")
