@@ -1,15 +1,17 @@
 """Say what went wrong, with which layer or file, and what to do about it.
 
-    NMGraphError                 everything this package raises on purpose
-    ├── PatternError             a pattern that cannot exist, or that fits nothing
-    ├── MethodError              an unknown method or option, a value or pattern it does not support
-    ├── ConversionError          the model cannot be converted as asked
-    ├── TrainingError            a model and an optimizer that do not belong together
-    ├── UnfinishedError          masks that are not N:M yet
-    ├── FileError                a file that cannot be read or written
-    │   └── UntrustedError       a file that names code outside the trusted packages
-    ├── ExportError              a model that cannot be exported as asked
-    └── MissingPackageError      a package that could not be imported
+```text
+NMGraphError                 everything this package raises on purpose
+├── PatternError             a pattern that cannot exist, or that fits nothing
+├── MethodError              an unknown method or option, a value or pattern it does not support
+├── ConversionError          the model cannot be converted as asked
+├── TrainingError            a model and an optimizer that do not belong together
+├── UnfinishedError          masks that are not N:M yet
+├── FileError                a file that cannot be read or written
+│   └── UntrustedError       a file that names code outside the trusted packages
+├── ExportError              a model that cannot be exported as asked
+└── MissingPackageError      a package that could not be imported
+```
 """
 
 

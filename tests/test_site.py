@@ -12,7 +12,7 @@ from nmgraph import errors
 
 ROOT = Path(__file__).parent.parent
 TEXT_OF_MARKDOWN = re.compile(
-    r"^([-*] |\d+\. |\||```)|>>>|&gt;&gt;&gt;|\]\(|:(meth|class|func|mod|data):", re.MULTILINE
+    r"^([-*] |\d+\. |\||```)|>>>|&gt;&gt;&gt;|\]\(|:(meth|class|func|mod|data):|──", re.MULTILINE
 )
 
 
