@@ -4,7 +4,7 @@
 the package is imported, by api.py, before the function is bound here, so that no later import puts it in its place.
 """
 
-from nmgraph.api import accelerate, attach, convert, export, finalize, load, manifest, save, verify
+from nmgraph.api import accelerate, attach, convert, export, finalize, inspect, load, manifest, record, save, verify
 from nmgraph.errors import NMGraphError
 from nmgraph.methods import METHODS
 from nmgraph.nm.pattern import Pattern
@@ -18,8 +18,10 @@ __all__ = [
     "convert",
     "export",
     "finalize",
+    "inspect",
     "load",
     "manifest",
+    "record",
     "save",
     "verify",
 ]

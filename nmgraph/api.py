@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from nmgraph.accounting.inspection import Inspection, inspect_plan
+from nmgraph.accounting.macs import count_macs
 from nmgraph.checkpoint.dense_file import make_model, open_dense, state_of
 from nmgraph.checkpoint.factory import load_weights
 from nmgraph.checkpoint.hugging_face import find_hugging_face_manifest, open_hugging_face
@@ -51,6 +53,7 @@ from nmgraph.passes.trace import USUAL, Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
 from nmgraph.training.controller import Controller
+from nmgraph.training.telemetry import Telemetry, find_sink
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -131,9 +134,7 @@ def convert(
         raise ConversionError(f'there is no mode {mode!r}. Use "auto" (in place) or "graph" (a GraphModule).')
     _require_plain(model)
     published = find_preset(method, preset) if preset else None
-    recipe = Recipe(
-        make_method(method, {**(published.options if published else {}), **method_options}), Pattern.parse(pattern)
-    )
+    recipe = _recipe(method, pattern, published, method_options)
     selection = select(skip, include, layers, keep_dense, block_axis, published)
     inputs = None if example_inputs is None else make_inputs(example_inputs)
     how = Tracing(tracer, concrete_args)
@@ -258,6 +259,65 @@ def plan(
     return Plan(recipe.method.name, tuple(decisions), used.untraced, calls)
 
 
+def inspect(
+    model: nn.Module,
+    *,
+    method: str | Method[Any] = "lbc",
+    pattern: str | Pattern = "2:4",
+    example_inputs: Any = None,
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    layers: Mapping[str, str | Pattern] | None = None,
+    keep_dense: Sequence[str] | None = None,
+    block_axis: str | None = None,
+    preset: str | None = None,
+    progress: Progress = _silent,
+    **method_options: Any,
+) -> Inspection:
+    """Show what ``convert`` would make of every layer, what that gains and what each method costs; change nothing.
+
+    Args:
+        model: dense; on the meta device, too.
+        example_inputs: as for :func:`convert`; by default the usual ones for the model's first layer, if it takes them.
+            Operations are counted for these; without any they are not.
+        method, pattern, skip, include, layers, keep_dense, block_axis, preset, **method_options: as for :func:`convert`.
+        progress: called with what begins.
+
+    Raises:
+        NMGraphError: what ``convert`` would raise.
+
+    Example:
+        >>> import torch, nmgraph
+        >>> found = nmgraph.inspect(torch.nn.Linear(64, 512), method="bimask", example_inputs=torch.ones(1, 64))
+        >>> found.inference, found.likely
+        (0.5, {'': 'unlikely'})
+    """
+    _require_plain(model)
+    published = find_preset(method, preset) if preset else None
+    recipe = _recipe(method, pattern, published, method_options)
+    selection = select(skip, include, layers, keep_dense, block_axis, published)
+    inputs = make_inputs(example_inputs) if example_inputs is not None else _usual_inputs(model)
+    planned = plan(model, recipe, selection, inputs=inputs, progress=progress)
+    progress("counting operations")
+    macs = None if inputs is None else count_macs(model, inputs.call)
+    progress("comparing methods")
+    return inspect_plan(planned, macs, "" if inputs is None else str(inputs))
+
+
+def _recipe(
+    method: str | Method[Any], pattern: str | Pattern, preset: Preset | None, options: Mapping[str, Any]
+) -> Recipe:
+    return Recipe(make_method(method, {**(preset.options if preset else {}), **options}), Pattern.parse(pattern))
+
+
+def _usual_inputs(model: nn.Module) -> Inputs | None:
+    """Find inputs that a model takes, to count its operations; None if it does not say what it takes."""
+    try:
+        return find_inputs(model, None)
+    except ExportError:
+        return None  # the table goes without what would be counted
+
+
 def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Controller:
     """Hook a converted model to its optimizer; the training loop stays as it is.
 
@@ -274,6 +334,38 @@ def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Contr
         TrainingError: if model and optimizer do not belong together.
     """
     return Controller(model, optimizer, total_steps)
+
+
+def record(controller: Controller, *sinks: Any, every: int | None = None) -> Telemetry:
+    """Record what masks do while a model trains: how many weights change sides, what masks keep, how far a method is.
+
+    Args:
+        controller: what ``attach`` gave; records are made after steps of its optimizer, without a further call.
+        *sinks: names of files, ``.jsonl`` (what ``nmgraph report`` reads) or ``.csv``, which are appended to; a
+            :class:`~nmgraph.training.sinks.TensorBoard`; or anything that is called with each entry.
+        every: steps between two records; by default 200 records a run, and no more often than every 50 steps.
+
+    Returns:
+        Its ``note(loss=loss)`` adds numbers of the loop to the records; its ``close()`` stops recording.
+
+    Raises:
+        NMGraphError: if ``every`` or a sink cannot be used.
+
+    Example:
+        >>> import torch, nmgraph
+        >>> net = nmgraph.convert(torch.nn.Linear(16, 8), method="srste")
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> seen = []
+        >>> telemetry = nmgraph.record(nmgraph.attach(net, optimizer, total_steps=4), seen.append, every=2)
+        >>> for step in range(4):
+        ...     loss = net(torch.ones(1, 16)).square().sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     telemetry.note(loss=loss)
+        >>> [type(entry).__name__ for entry in seen]
+        ['Run', 'Record', 'Picture', 'Record', 'Picture', 'Record', 'Picture']
+    """
+    return Telemetry(controller, [find_sink(sink) for sink in sinks], every)
 
 
 def manifest(model: nn.Module) -> Manifest:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nmgraph.errors import ExportError, first_line
 from nmgraph.layers.kinds import is_layer
 from nmgraph.passes.manifest import Manifest
 from nmgraph.passes.structure import copy_structure, share_parameters
+from nmgraph.passes.watch import fake_copy
 
 DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64,
@@ -157,7 +159,7 @@ def find_inputs(model: nn.Module, manifest: Manifest | None, dtype: torch.dtype 
     for candidate in _candidates(model, manifest):
         inputs = candidate.on_cpu(dtype)
         try:
-            inputs.call(copy_structure(model, share_parameters))
+            _try(inputs, model)
         except ExportError as error:
             tried.append(str(error))
         else:
@@ -166,6 +168,14 @@ def find_inputs(model: nn.Module, manifest: Manifest | None, dtype: torch.dtype 
         f"{type(model).__name__} needs example inputs. Give their shapes, for example --input 1x3x224x224 (in Python "
         "example_inputs=torch.randn(1, 3, 224, 224))." + "".join(f"\n  {t}" for t in tried)
     )
+
+
+def _try(inputs: Inputs, model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+            inputs.call(fake_copy(model, fakes))
+    else:
+        inputs.call(copy_structure(model, share_parameters))
 
 
 def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]:

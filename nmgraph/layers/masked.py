@@ -179,6 +179,12 @@ class MaskedWeight:
         mask_OSC = told.method.mask(canonical(raw, told.reduction_axis), self.state_beside(None), told.pattern)
         return restore_like(raw, mask_OSC, told.reduction_axis).clone()
 
+    def gauges(self) -> dict[str, Tensor]:
+        """Give what else its method shows while it trains, by name. Gathers as :meth:`mask` does."""
+        told = self.told
+        w_OSC = canonical(whole(self.raw.detach()), told.reduction_axis)
+        return told.method.gauges(w_OSC, self.state_beside(None), told.pattern)
+
     def unfinished(self) -> str | None:
         """Say what is missing until the mask is N:M; None when it is. Gathers as :meth:`mask` does."""
         told = self.told

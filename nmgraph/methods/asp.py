@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import check_range
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
@@ -71,6 +71,9 @@ class ASP(Method[ASPState]):
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> ASPState:
         return ASPState(magnitude_mask(w_OSC, pattern))
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        return Work(pattern.density, pattern.density, pattern.density)
 
     def mask(self, w_OSC: Tensor, state: ASPState, pattern: Pattern) -> Tensor:
         return state.mask

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, kept_after
 from nmgraph.methods.static import BAME_CIFAR
 from nmgraph.nm.fused import top_n, top_n_staying
@@ -166,6 +166,15 @@ class BAME(Method[BAMEState]):
             seed=seed_of(w_OSC, self.seed),
         )
         return self.conclude(w_OSC, state, pattern) if self.t_i == 0 else state
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        density = self.kept(clock.step, clock.total_steps, pattern) / pattern.m
+        return Work(density, density, 1.0 if self.scores(clock.step, clock.total_steps) else density)
+
+    def gauges(self, w_OSC: Tensor, state: BAMEState, pattern: Pattern) -> dict[str, Tensor]:
+        """Give the share of blocks that would keep their masks in the next adaption."""
+        kept = masked(w_OSC, state.mask)
+        return {"frozen": self._frozen(kept, state.oscillation, pattern).float().mean()}
 
     def mask(self, w_OSC: Tensor, state: BAMEState, pattern: Pattern) -> Tensor:
         return state.mask

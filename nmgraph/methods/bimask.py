@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import check_range
 from nmgraph.methods.srste import refined_by_magnitude
 from nmgraph.nm.masks import magnitude_mask
@@ -124,6 +124,10 @@ class BiMask(Method[BiMaskState]):
         # Until the first step there is no gradient, and nothing was drawn.
         salience = w_OSC.abs().float() if self.criterion != "weight" else w_OSC.new_empty(0, dtype=torch.float32)
         return BiMaskState(identity, seed, salience)
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        # Of the backward weight at most: a block of it may lie where the forward mask has left less than N.
+        return Work(pattern.density, pattern.density, 1.0)
 
     def mask(self, w_OSC: Tensor, state: BiMaskState, pattern: Pattern) -> Tensor:
         return magnitude_mask(w_OSC.detach(), pattern)

@@ -52,6 +52,23 @@ class Update(NamedTuple):
     restart: Tensor | None = None
 
 
+class Work(NamedTuple):
+    """Shares of a layer's dense multiply-accumulates that one step needs, as far as a method can say beforehand.
+
+    Zeros in a weight are not counted where it multiplies, nor results that nothing reads. Whether a machine can leave
+    them out is another question (:mod:`nmgraph.accounting`).
+
+    Attributes:
+        forward: of ``Y = X Wᵀ``.
+        input_gradient: of ``dX = dY W``.
+        weight_gradient: of ``dW = dYᵀ X``.
+    """
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+
+
 @dataclass(frozen=True)
 class Clock:
     """Where training is, at the moment of one update.
@@ -132,6 +149,11 @@ class Method(ABC, Generic[State]):
         return False
 
     @property
+    def sparse_input_gradient(self) -> bool:
+        """Tell whether what ``dX`` is multiplied by is N:M along rows of the weight, as sparse kernels would need it."""
+        return self.splits_backward
+
+    @property
     def needs_attach(self) -> bool:
         """Tell whether training without ``attach`` would not be this method."""
         return True
@@ -171,6 +193,14 @@ class Method(ABC, Generic[State]):
     @abstractmethod
     def mask(self, w_OSC: Tensor, state: State, pattern: Pattern) -> Tensor:
         """Give the current forward mask, bool ``[O, S, C]``."""
+
+    @abstractmethod
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        """Say what the step that ``clock`` stands before will need."""
+
+    def gauges(self, w_OSC: Tensor, state: State, pattern: Pattern) -> dict[str, Tensor]:
+        """Give what else there is to watch while this method trains: numbers by name, each a mean over the blocks."""
+        return {}
 
     def conclude(self, w_OSC: Tensor, state: State, pattern: Pattern) -> State:
         """Bring an unfinished state to its end at once, by what it knows by now."""

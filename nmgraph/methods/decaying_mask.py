@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, ramp
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
@@ -87,6 +87,10 @@ class DecayingMask(Method[DecayingMaskState]):
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> DecayingMaskState:
         return DecayingMaskState(torch.tensor(self.factor(0.0), dtype=torch.float32, device=w_OSC.device))
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        density = 1.0 if self.factor(clock.progress_before) > 0 else pattern.density
+        return Work(density, density, density if self.gradient_flow == "faded" else 1.0)
 
     def mask(self, w_OSC: Tensor, state: DecayingMaskState, pattern: Pattern) -> Tensor:
         return magnitude_mask(w_OSC.detach(), pattern) | (state.factor > 0)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, kept_after
 from nmgraph.methods.srste import refined_by_magnitude
 from nmgraph.nm.masks import magnitude_mask, prune_further
@@ -89,6 +89,10 @@ class Gradual(Method[GradualState]):
         everything = torch.ones_like(w_OSC, dtype=torch.bool)
         state = GradualState(torch.tensor(pattern.m, device=w_OSC.device), everything)
         return self.conclude(w_OSC, state, pattern) if self.t_f == 0 else state
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        density = self.kept(clock.step, clock.total_steps, pattern) / pattern.m
+        return Work(density, density, density if self.base == "asp" else 1.0)
 
     def mask(self, w_OSC: Tensor, state: GradualState, pattern: Pattern) -> Tensor:
         return state.mask if self.base == "asp" else magnitude_mask(w_OSC.detach(), pattern, state.keep)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from nmgraph.errors import MethodError
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, cubic, ramp
 from nmgraph.nm.fused import top_n
 from nmgraph.nm.grouping import blocks
-from nmgraph.nm.packing import pack_bits
+from nmgraph.nm.packing import pack_bits, unpack_bits
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import masked
 
@@ -124,6 +124,16 @@ class LBC(Method[LBCState]):
         zeros = torch.zeros_like(w_OSC, dtype=torch.promote_types(w_OSC.dtype, torch.float32))
         return LBCState(alive_OSGB, zeros, zeros.clone(), torch.ones_like(zeros, dtype=torch.bool))
 
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        left = pattern.combinations - self.removed(clock.progress_before, pattern)
+        density = expected_union(left, pattern)
+        return Work(density, density, density)
+
+    def gauges(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> dict[str, Tensor]:
+        """Give how many combinations of a block still live: the same number in all of them."""
+        first_1B = state.alive.flatten(0, -2)[:1]
+        return {"live_combinations": unpack_bits(first_1B, pattern.combinations).sum(dtype=torch.float32)}
+
     def mask(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> Tensor:
         return state.mask
 
@@ -183,6 +193,20 @@ class LBC(Method[LBCState]):
         return state._replace(
             alive=torch.cat(kept_bits).reshape_as(state.alive), mask=torch.cat(masks).reshape_as(state.mask)
         )
+
+
+def expected_union(left: int, pattern: Pattern) -> float:
+    """Give the share of weights that some of ``left`` combinations keep, if those were drawn by lot.
+
+    A weight is in C(M-1, N-1) of the C(M, N) combinations. How far the union really is above depends on the scores: what
+    is left shares weights more often than a lot does.
+
+    >>> [round(expected_union(left, Pattern(2, 4)), 2) for left in (6, 3, 2, 1)]
+    [1.0, 0.95, 0.8, 0.5]
+    """
+    others = pattern.combinations - math.comb(pattern.m - 1, pattern.n - 1)
+    # Hypergeometric: that all combinations that are left are among those without the weight.
+    return 1.0 - math.comb(others, left) / math.comb(pattern.combinations, left)
 
 
 def _leave_best(scores_CR: Tensor, alive_CR: Tensor, keep: int, living: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nmgraph.compilation import is_plain
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import CURVES, check_phase, check_range, ramp
 from nmgraph.methods.srste import refined
 from nmgraph.nm.fused import zero_outside
@@ -100,6 +100,11 @@ class MaxQ(Method[MaxQState]):
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> MaxQState:
         return MaxQState(torch.tensor(self.dense_share(0.0), dtype=torch.float32, device=w_OSC.device))
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        dense = self.dense_share(clock.progress_before)
+        density = dense + (1.0 - dense) * pattern.density
+        return Work(density, density, 1.0)
 
     def mask(self, w_OSC: Tensor, state: MaxQState, pattern: Pattern) -> Tensor:
         w_OSC = w_OSC.detach()

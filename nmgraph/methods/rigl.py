@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import check_range
 from nmgraph.methods.static import BAME_CIFAR, Static
 from nmgraph.nm.fused import top_n, top_n_staying
@@ -87,6 +87,9 @@ class RigL(Method[RigLState]):
     def init(self, w_OSC: Tensor, pattern: Pattern) -> RigLState:
         drawn = Static(seed=self.seed).init(w_OSC, pattern).mask
         return RigLState(drawn, torch.tensor(False, device=w_OSC.device))
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        return Work(pattern.density, pattern.density, 1.0 if self.changes(clock) else pattern.density)
 
     def mask(self, w_OSC: Tensor, state: RigLState, pattern: Pattern) -> Tensor:
         return state.mask

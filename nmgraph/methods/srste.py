@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, kept_count, ramp
 from nmgraph.nm.fused import Blockwise, zero_outside
 from nmgraph.nm.masks import magnitude_mask
@@ -111,6 +111,10 @@ class SRSTE(Method[SRSTEState]):
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> SRSTEState:
         return SRSTEState(torch.tensor(self.kept(0.0, pattern), device=w_OSC.device))
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        density = self.kept(clock.progress_before, pattern) / pattern.m
+        return Work(density, density, 1.0)
 
     def mask(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> Tensor:
         return magnitude_mask(w_OSC.detach(), pattern, state.keep)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import replaced
@@ -56,6 +56,9 @@ class SSTE(Method[SSTEState]):
         s_OSC = soft_threshold(w_OSC, pattern)
         scale = (w_OSC * s_OSC).sum() / s_OSC.square().sum()  # least squares of W by β S(W)
         return SSTEState(torch.where(torch.isfinite(scale), scale, torch.ones_like(scale)).float())
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        return Work(pattern.density, pattern.density, 1.0)
 
     def mask(self, w_OSC: Tensor, state: SSTEState, pattern: Pattern) -> Tensor:
         return soft_threshold(w_OSC.detach(), pattern) != 0

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.nm.masks import random_mask
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.randomness import generator, seed_of
@@ -58,6 +58,9 @@ class Static(Method[StaticState]):
     def init(self, w_OSC: Tensor, pattern: Pattern) -> StaticState:
         drawn = random_mask(tuple(w_OSC.shape), pattern, generator(seed_of(w_OSC, self.seed)))
         return StaticState(drawn.to(w_OSC.device))
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        return Work(pattern.density, pattern.density, pattern.density)
 
     def mask(self, w_OSC: Tensor, state: StaticState, pattern: Pattern) -> Tensor:
         return state.mask

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update
+from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
 from nmgraph.methods.schedule import check_range
 from nmgraph.methods.srste import refined
 from nmgraph.nm.pattern import Pattern
@@ -73,6 +73,14 @@ class TMask(Method[TMaskState]):
 
     def init(self, w_OSC: Tensor, pattern: Pattern) -> TMaskState:
         return TMaskState(transposable_mask(w_OSC, pattern))
+
+    @property
+    def sparse_input_gradient(self) -> bool:
+        """One mask serves both ways."""
+        return True
+
+    def work(self, pattern: Pattern, clock: Clock) -> Work:
+        return Work(pattern.density, pattern.density, 1.0)
 
     def mask(self, w_OSC: Tensor, state: TMaskState, pattern: Pattern) -> Tensor:
         return state.mask

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from nmgraph.errors import TrainingError
 from nmgraph.layers.masked import MaskedWeight, masked_weights
@@ -66,6 +67,11 @@ class Controller:
         return int(self._first.clock[0])
 
     @property
+    def weights(self) -> dict[str, MaskedWeight]:
+        """The weights that it updates, by site."""
+        return dict(self._weights)
+
+    @property
     def progress(self) -> float:
         """Share of the run that is done, 0 to 1."""
         return min(1.0, self.step / self.total_steps)
@@ -90,12 +96,29 @@ class Controller:
         """
         require_equal_ranks(self._weights, group)
 
+    def observe(self, callback: Callable[[int], None]) -> RemovableHandle:
+        """Call back after every step of the optimizer in which the layers took theirs, with the number of steps done."""
+        seen = self._steps_done
+
+        def after_step(*_: Any) -> None:
+            nonlocal seen
+            if self._steps_done != seen:
+                seen = self._steps_done
+                callback(seen)
+
+        return self._optimizers[-1].register_step_post_hook(after_step)
+
     def detach(self) -> None:
         """Stop updating: masks stay as they are, and the optimizer is as it was before ``attach``."""
         self._release(list(self._weights))
 
     def __repr__(self) -> str:
         return f"Controller({len(self._weights)} sparse layers, step {self.step} of {self.total_steps})"
+
+    @property
+    def _steps_done(self) -> int:
+        """The same as ``step``, without a look at the device."""
+        return next((step for _, _, step in self._clocks.values()), 0)
 
     def _take_over(self) -> None:
         for name, weight in self._weights.items():
