@@ -345,6 +345,19 @@ def test_layer_that_cannot_be_tried_stays_dense():
     assert remedy == "it stays dense; use a plain layer if it should not"
 
 
+def test_reason_of_a_layer_that_cannot_be_tried_is_short_whatever_its_error_says():
+    class Elsewhere(nn.Linear):
+        def forward(self, x):
+            raise NotImplementedError("no such kernel on the CPU.\n" + "registered at somewhere else\n" * 100)
+
+    reason, _ = reason_and_remedy(Beside(Elsewhere(16, 8)), "tried")
+    assert reason.startswith(
+        "Elsewhere could not be tried on a sparse weight (no such kernel on the CPU. registered at"
+    )
+    assert len(reason) < 250
+    assert "\n" not in reason
+
+
 def test_layer_that_multiplies_in_its_own_way_stays_dense():
     class Own(nn.Linear):
         def forward(self, x):
