@@ -334,6 +334,20 @@ def test_layer_that_standardizes_its_weight_stays_dense(kind):
     )
 
 
+def test_layer_whose_class_masks_its_weight_already_stays_dense():
+    class MaskedElsewhere(nn.Linear):  # as ModelOpt does it
+        @property
+        def weight(self):
+            return self._parameters["weight"] * 0.5
+
+    layer = nn.Linear(16, 8)
+    layer.__class__ = MaskedElsewhere
+    assert reason_and_remedy(Beside(layer), "tried") == (
+        "what MaskedElsewhere.weight gives is computed from its parameter, which a mask would replace",
+        "fold it into the parameter first, by what made it so (ModelOpt: mts.export)",
+    )
+
+
 def test_layer_that_cannot_be_tried_stays_dense():
     class Gated(nn.Linear):
         def forward(self, x, gate):
