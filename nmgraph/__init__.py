@@ -4,7 +4,7 @@
 the package is imported, by api.py, before the function is bound here, so that no later import puts it in its place.
 """
 
-from nmgraph.api import accelerate, attach, convert, export, finalize, load, manifest, save, verify
+from nmgraph.api import accelerate, attach, convert, export, finalize, load, manifest, save, sensitivity, verify
 from nmgraph.errors import NMGraphError
 from nmgraph.methods import METHODS
 from nmgraph.nm.pattern import Pattern
@@ -21,6 +21,7 @@ __all__ = [
     "load",
     "manifest",
     "save",
+    "sensitivity",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -25,12 +25,15 @@ from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import masked_weights
 from nmgraph.layers.recipe import Recipe
+from nmgraph.measuring import Measuring
 from nmgraph.methods import METHODS, find_preset, make_method
 from nmgraph.methods.contract import Preset
 from nmgraph.nm.pattern import Pattern
 from nmgraph.options import (
     BlockAxisOption,
+    BudgetOption,
     ConvertedArgument,
+    DataOption,
     DebugOption,
     FactoryOption,
     IncludeOption,
@@ -44,11 +47,15 @@ from nmgraph.options import (
     OverwriteOption,
     PatternOption,
     PresetOption,
+    RecipeOption,
+    SensitivityOption,
     SetOption,
     SkipOption,
+    SuggestionOption,
     TrustOption,
 )
 from nmgraph.passes.permutation_report import PermutationReport
+from nmgraph.passes.recipe_file import RecipeFile, read_recipe
 
 _EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES = 6, 3, 2
 
@@ -98,24 +105,41 @@ def inspect(
     method: MethodOption = "lbc",
     pattern: PatternOption = "2:4",
     input: InputOption = [],  # noqa: B006
+    sensitivity: SensitivityOption = False,
+    data: DataOption = None,
+    budget: BudgetOption = None,
+    recipe_file: SuggestionOption = None,
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what `convert` would make of every layer, and change nothing."""
-    with answering(json, debug), progress_bar(json, 1) as progress:
+    with answering(json, debug), progress_bar(json, 1 + 2 * sensitivity) as progress:
         recipe = Recipe(make_method(method), Pattern.parse(pattern))
+        measuring = Measuring.asked(
+            sensitivity, data=data, budget=budget, output=recipe_file, overwrite=overwrite, shapes=bool(input)
+        )
         dense = read_dense(model, factory=factory, trust=trust)
         inputs = _inputs(input) or _usual_inputs(dense.model)
         found = api.plan(dense.model, recipe, inputs=inputs, progress=progress).manifest()
         told = {"coverage": found.coverage, "macs_coverage": found.macs_coverage, "notes": dense.notes}
-        answer(json, found.to_dict() | told, found, "\n".join(dense.notes))
+        more, tables, notes = measuring.run(dense.model, recipe, inputs, progress) if measuring else ({}, [], [])
+        answer(json, found.to_dict() | told | more, Group(found, *tables), "\n".join([*dense.notes, *notes]))
 
 
 @app.command()
 def convert(
     model: ModelArgument,
-    method: MethodOption = "lbc",
-    pattern: PatternOption = "2:4",
+    method: Annotated[
+        str | None, typer.Option("--method", show_default="lbc", help="Training method; see `nmgraph methods`.")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--pattern", metavar="N:M", show_default="2:4", help="Keep N of every M weights along the input channels."
+        ),
+    ] = None,
+    recipe: RecipeOption = None,
     set: SetOption = [],  # noqa: B006
     skip: SkipOption = [],  # noqa: B006
     include: IncludeOption = [],  # noqa: B006
@@ -140,28 +164,33 @@ def convert(
         require_writable(out, overwrite=overwrite)
         if out.exists() and model.exists() and out.samefile(model):
             raise FileError(f"{out} is the dense model itself, and is kept. Choose another place with -o.")
-        options = _options(method, set)
-        layers = dict(_pair(text, "--layer", "GLOB=N:M") for text in layer)
+        told = read_recipe(recipe) if recipe else RecipeFile()
+        given = {
+            "method": method, "pattern": pattern, "preset": preset, "block_axis": block_axis, "keep_dense": _ends(keep_dense),
+            "permute_channels": permute_channels or None,
+        }  # fmt: skip
+        asked = told.with_more(
+            {key: value for key, value in given.items() if value is not None}
+            | {"options": _options(method or told.method, set), "skip": skip, "include": include}
+            | {"layers": dict(_pair(text, "--layer", "GLOB=N:M") for text in layer)}
+        )
         dense = read_dense(model, factory=factory, trust=trust)
-        converted = nmgraph.convert(
-            dense.model, method=method, pattern=pattern, skip=skip, include=include, layers=layers, example_inputs=_inputs(input),
-            keep_dense=None if keep_dense is None else [end.strip() for end in keep_dense.split(",") if end.strip()],
-            block_axis=block_axis, preset=preset, permute_channels=permute_channels,
-            progress=progress, **options,
-        )  # fmt: skip
+        # Who wrote the recipe has looked at a run, and may name what no graph shows.
+        inputs = _inputs(input) or (_usual_inputs(dense.model) if recipe else None)
+        converted = nmgraph.convert(dense.model, example_inputs=inputs, progress=progress, **asked.arguments())
         nmgraph.save(converted, out, factory=dense.factory)
         found = nmgraph.manifest(converted)
         named = dense.factory and not NamedModel.names(dense.factory)  # a library's own model is made again unasked
         again = ["nmgraph", "export", str(out), *(["--model", str(dense.factory)] if named else [])]
         again += [word for package in trust for word in ("--trust", package)]
         note = "\n".join([*dense.notes, f"Wrote {out}. Train it, then: {shlex.join(again)}"])
-        told = next(iter(masked_weights(converted).values())).told
-        settings: dict[str, Any] = {"options": told.method.options()}
-        if preset:
-            published = find_preset(method, preset)
-            settings["preset"] = {"name": preset, **dataclasses.asdict(published)}
-            note = f"{_explain(preset, published, told.method.options(), keep_dense, block_axis)}\n{note}"
-        shown = Group(found, PermutationReport(found.channel_order)) if permute_channels else found
+        options = next(iter(masked_weights(converted).values())).told.method.options()
+        settings: dict[str, Any] = {"options": options}
+        if asked.preset:
+            published = find_preset(asked.method, asked.preset)
+            settings["preset"] = {"name": asked.preset, **dataclasses.asdict(published)}
+            note = f"{_explain(asked, published, options)}\n{note}"
+        shown = Group(found, PermutationReport(found.channel_order)) if asked.permute_channels else found
         answer(json, {"output": str(out), **settings, **found.to_dict(), "notes": dense.notes}, shown, note)
 
 
@@ -314,18 +343,23 @@ def _shown(value: Any, choices: list[str] | None) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
-def _explain(name: str, preset: Preset, options: dict[str, Any], keep_dense: str | None, block_axis: str | None) -> str:
+def _explain(asked: RecipeFile, preset: Preset, options: dict[str, Any]) -> str:
     """Say what a preset stands for, and what was set otherwise beside it."""
     published = ", ".join(f"{key}={value}" for key, value in preset.options.items()) or "no options"
     dense = ", ".join(preset.keep_dense) or "none"
     changed = [f"{key}={options[key]}" for key, value in preset.options.items() if options[key] != value]
-    changed += [] if keep_dense is None else [f"layers kept dense: {keep_dense or 'none'}"]
-    changed += [] if block_axis is None else [f"blocks along: {block_axis}"]
+    changed += [] if asked.keep_dense is None else [f"layers kept dense: {','.join(asked.keep_dense) or 'none'}"]
+    changed += [] if asked.block_axis is None else [f"blocks along: {asked.block_axis}"]
     return (
-        f"Preset {name}: {published}; layers kept dense: {dense}; blocks along: {preset.block_axis}.\n"
+        f"Preset {asked.preset}: {published}; layers kept dense: {dense}; blocks along: {preset.block_axis}.\n"
         + (f"Set otherwise here: {'; '.join(changed)}.\n" if changed else "")
         + f"Its training, which your loop sets: {preset.training}."
     )
+
+
+def _ends(text: str | None) -> list[str] | None:
+    """Read ``stem,head``; an empty text is none of them, and not the same as nothing."""
+    return None if text is None else [end.strip() for end in text.split(",") if end.strip()]
 
 
 def _options(method: str, texts: list[str]) -> dict[str, Any]:

@@ -32,6 +32,28 @@ MethodOption = Annotated[str, typer.Option("--method", help="Training method; se
 PatternOption = Annotated[
     str, typer.Option("--pattern", metavar="N:M", help="Keep N of every M weights along the input channels.")
 ]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="Take all this from a recipe; what is given beside it counts more."),
+]
+SensitivityOption = Annotated[
+    bool, typer.Option("--sensitivity", help="Prune each layer alone, and measure how much worse the model answers.")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Of --sensitivity: tensors by argument name, and labels; .pt, .safetensors, .npz.",
+    ),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="flops=0.5|size=0.5", help="Of --sensitivity: suggest a pattern for each layer."),
+]
+SuggestionOption = Annotated[
+    Path | None, typer.Option("--recipe", metavar="OUT.json", help="Of --budget: write it, for convert --recipe.")
+]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the method.")]
 SkipOption = Annotated[list[str], typer.Option("--skip", metavar="GLOB", help="Leave these layers dense.")]
 IncludeOption = Annotated[

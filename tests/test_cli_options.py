@@ -8,9 +8,12 @@ from nmgraph.cli import app
 
 COMMANDS = {
     "methods": ["--json", "--debug"],
-    "inspect": ["MODEL", "--model", "--trust", "--method", "--pattern", "--input", "--json", "--debug"],
+    "inspect": [
+        "MODEL", "--model", "--trust", "--method", "--pattern", "--input", "--sensitivity", "--data", "--budget", "--recipe", "--overwrite",
+        "--json", "--debug",
+    ],
     "convert": [
-        "MODEL", "--method", "--pattern", "--set", "--skip", "--include", "--layer", "--keep-dense", "--block-axis", "--preset",
+        "MODEL", "--method", "--pattern", "--recipe", "--set", "--skip", "--include", "--layer", "--keep-dense", "--block-axis", "--preset",
         "--permute-channels", "--model", "--trust", "--input", "-o --output", "--overwrite", "--json", "--debug",
     ],
     "status": ["CONVERTED", "--model", "--trust", "--json", "--debug"],

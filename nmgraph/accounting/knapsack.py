@@ -74,7 +74,9 @@ def choose(costs: Sequence[Sequence[float]], harms: Sequence[Sequence[float]], l
         ValueError: if the cheapest options together cost more.
     """
     classes = [(np.asarray(c, float), np.asarray(h, float)) for c, h in zip(costs, harms, strict=True)]
-    order = sorted(range(len(classes)), key=lambda i: -np.ptp(classes[i][0]))  # what costs most first: bounds tighten soon
+    order = sorted(
+        range(len(classes)), key=lambda i: -np.ptp(classes[i][0])
+    )  # what costs most first: bounds tighten soon
     limit *= 1 + _ROUNDING
     whole, room = Envelope.of(classes), np.array([limit])
     best, bound = float(whole.rounded(room)[0]), float(whole.bound(room)[0])

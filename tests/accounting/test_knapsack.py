@@ -35,10 +35,10 @@ def layers(draws, count, *, correlated):
 
 
 @pytest.mark.parametrize("correlated", [False, True])
-@pytest.mark.parametrize("count", [1, 3, 20, 60])
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("count", [1, 3, 12, 40])
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.9])
 def test_no_choice_does_less_harm(count, share, correlated):
-    for seed in range(3):
+    for seed in range(2):
         costs, harms = layers(np.random.default_rng(seed), count, correlated=correlated)
         limit = share * costs[:, 0].sum()
         found = choose(costs, harms, limit)
@@ -73,5 +73,5 @@ def test_of_equal_harms_the_cheaper_one_is_taken():
 
 
 def test_what_is_too_much_for_the_limit_is_refused():
-    with pytest.raises(ValueError, match="the cheapest options cost 1.5, more than 1"):
+    with pytest.raises(ValueError, match=r"the cheapest options cost 1\.5, more than 1"):
         choose([[2, 1], [1, 0.5]], [[0, 1], [0, 1]], 1)

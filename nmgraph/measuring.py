@@ -1,0 +1,104 @@
+"""What `nmgraph inspect --sensitivity` does: reads data, measures, suggests, writes the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from torch import nn
+
+from nmgraph import api
+from nmgraph.accounting.budget import Budget, suggest
+from nmgraph.checkpoint.data_file import read_data
+from nmgraph.errors import ConversionError
+from nmgraph.export.inputs import Inputs, find_inputs, named_inputs
+from nmgraph.files import require_writable
+from nmgraph.layers.recipe import Recipe
+from nmgraph.passes.sensitivity import USUAL_PATTERNS
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What was asked for.
+
+    Attributes:
+        data: file of the tensors to run on; without it they are made up.
+        budget: to suggest patterns for, if any.
+        output: where the recipe of the suggestion goes, if anywhere.
+    """
+
+    data: Path | None = None
+    budget: Budget | None = None
+    output: Path | None = None
+
+    @classmethod
+    def asked(
+        cls,
+        sensitivity: bool,
+        *,
+        data: Path | None,
+        budget: str | None,
+        output: Path | None,
+        overwrite: bool,
+        shapes: bool,
+    ) -> Measuring | None:
+        """Check the options before any work is done; None without ``--sensitivity``.
+
+        Raises:
+            ConversionError: for an option without the one it belongs to.
+            FileError: if the recipe could not be written.
+        """
+        for option, given, needed, there in (
+            ("--data", data, "--sensitivity", sensitivity),
+            ("--budget", budget, "--sensitivity", sensitivity),
+            ("--recipe", output, "--budget", budget),
+            ("--overwrite", overwrite, "--recipe", output),
+        ):
+            if given and not there:
+                raise ConversionError(f"{option} does nothing without {needed}. Add {needed}, or leave {option} away.")
+        if data and shapes:
+            raise ConversionError("--data holds the inputs already. Leave --input away.")
+        if output:
+            require_writable(output, overwrite=overwrite)
+        return cls(data, Budget.parse(budget) if budget else None, output) if sensitivity else None
+
+    def run(
+        self, model: nn.Module, recipe: Recipe, inputs: Inputs | None, progress: Callable[[str], None]
+    ) -> tuple[dict[str, Any], list[RenderableType], list[str]]:
+        """Measure; give plain values, what to show, and notes.
+
+        Args:
+            model: dense.
+            recipe: method and default pattern.
+            inputs: made up, where there is no data.
+            progress: called with what begins.
+        """
+        labels = None
+        if self.data:
+            tensors = read_data(self.data)
+            labels = tensors.pop("labels", None)
+            inputs = named_inputs(model, tensors)
+        patterns = dict.fromkeys([str(recipe.pattern), *USUAL_PATTERNS])
+        found = api.sensitivity(
+            model,
+            inputs or find_inputs(model, None),
+            labels=labels,
+            patterns=list(patterns),
+            method=recipe.method,
+            progress=progress,
+        )
+        values: dict[str, Any] = {"sensitivity": found.to_dict()}
+        shown: list[RenderableType] = [found]
+        notes: list[str] = []
+        if self.budget:
+            suggestion = suggest(found, self.budget)
+            values["suggestion"] = suggestion.to_dict()
+            shown.append(suggestion)
+            if self.output:
+                recipe_file = suggestion.recipe(method=recipe.method.name, pattern=str(recipe.pattern))
+                recipe_file.write(self.output, overwrite=True)
+                notes.append(f"Wrote {self.output}. Convert with it: nmgraph convert MODEL --recipe {self.output}")
+        return values, shown, notes
