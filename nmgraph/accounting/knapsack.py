@@ -43,9 +43,8 @@ class Envelope(NamedTuple):
     harm: Floats
 
     @classmethod
-    def of(cls, classes: Sequence[tuple[Floats, Floats]]) -> Envelope:
-        """Put the hulls' steps in a row, the steepest first, from where every class takes its cheapest option."""
-        hulls = [_hull(costs, harms) for costs, harms in classes]
+    def of(cls, hulls: Sequence[Floats]) -> Envelope:
+        """Put the steps of all hulls in a row, the steepest first, from where every class takes its cheapest option."""
         steps = np.concatenate([np.diff(hull, axis=0) for hull in hulls] or [np.zeros((0, 2))])
         steps = steps[np.argsort(steps[:, 1] / steps[:, 0], kind="stable")]
         corners = np.vstack([sum((hull[0] for hull in hulls), np.zeros(2)), steps]).cumsum(0)
@@ -78,25 +77,27 @@ def choose(costs: Sequence[Sequence[float]], harms: Sequence[Sequence[float]], l
         range(len(classes)), key=lambda i: -np.ptp(classes[i][0])
     )  # what costs most first: bounds tighten soon
     limit *= 1 + _ROUNDING
-    whole, room = Envelope.of(classes), np.array([limit])
-    best, bound = float(whole.rounded(room)[0]), float(whole.bound(room)[0])
-    if best == np.inf:
+    hulls = [_hull(*classes[i]) for i in order]
+    whole = Envelope.of(hulls)
+    if limit < whole.cost[0]:
         raise ValueError(f"the cheapest options cost {whole.cost[0]}, more than {limit}")
+    bound, slack = float(whole.bound(np.array([limit]))[0]), abs(float(whole.harm[0])) * _ROUNDING
 
     cost, harm, exact = np.zeros(1), np.zeros(1), True
     trail: list[tuple[NDArray[Any], NDArray[Any]]] = []
     for place, i in enumerate(order):
         options = len(classes[i][0])
         cost, harm = (np.add.outer(of, more).ravel() for of, more in zip((cost, harm), classes[i], strict=True))
-        rest = Envelope.of([classes[j] for j in order[place + 1 :]])
-        lowest = harm + rest.bound(limit - cost)
-        best = min(best, float((harm + rest.rounded(limit - cost)).min()))
-        kept = np.flatnonzero(lowest <= best + abs(best) * _ROUNDING)
+        rest = Envelope.of(hulls[place + 1 :])
+        lowest, completed = harm + rest.bound(limit - cost), harm + rest.rounded(limit - cost)
+        best = completed.min() + slack
+        kept = np.flatnonzero(lowest <= best)
         kept = kept[np.lexsort((harm[kept], cost[kept]))]
         before = np.concatenate([[np.inf], np.minimum.accumulate(harm[kept])[:-1]])
         kept = kept[harm[kept] < before]
         if len(kept) > STATES:
-            exact, kept = False, kept[np.argsort(lowest[kept], kind="stable")[:STATES]]
+            known = completed[kept] <= best  # choices that are known are not lost
+            exact, kept = False, kept[np.argsort(np.where(known, -np.inf, lowest[kept]), kind="stable")[:STATES]]
         cost, harm = cost[kept], harm[kept]
         trail.append((kept // options, kept % options))
 

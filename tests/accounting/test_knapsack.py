@@ -59,6 +59,14 @@ def test_a_thinned_search_stays_within_what_its_bound_says(monkeypatch):
     assert found.bound <= least_harm(costs, harms, limit) + 1e-6 <= found.harm + 2e-6
 
 
+def test_a_thinned_search_comes_to_an_end_where_every_choice_is_as_good(monkeypatch):
+    monkeypatch.setattr(knapsack, "STATES", 2000)
+    costs, _ = layers(np.random.default_rng(1), 100, correlated=False)
+    limit = 0.4 * costs[:, 0].sum()
+    found = choose(costs, costs[:, :1] - costs, limit)  # a sum of subsets
+    assert found.bound <= found.harm <= found.bound * (1 + 1e-6)
+
+
 def test_a_limit_that_is_met_exactly_is_met():
     costs = [[1.0, 0.5], [3.0, 1.5], [0.1, 0.05]]
     assert choose(costs, [[0, 1], [0, 1], [0, 1]], 0.5 * 4.1).options == (1, 1, 1)
