@@ -114,7 +114,7 @@ def inspect(
     debug: DebugOption = False,
 ) -> None:
     """Show what `convert` would make of every layer, and change nothing."""
-    with answering(json, debug), progress_bar(json, 1 + 2 * sensitivity) as progress:
+    with answering(json, debug), progress_bar(json, 1 + sensitivity) as progress:
         recipe = Recipe(make_method(method), Pattern.parse(pattern))
         measuring = Measuring.asked(
             sensitivity, data=data, budget=budget, output=recipe_file, overwrite=overwrite, shapes=bool(input)

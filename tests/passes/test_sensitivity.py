@@ -5,12 +5,19 @@ import re
 
 import pytest
 import torch
-from models import Encoder, NeverTheSame, Recorder, TiedLanguageModel, cnn, mlp
+from models import Encoder, NeverTheSame, Recorder, TiedLanguageModel, cnn, convnext, deit, mlp, resnet, swin
 from torch import nn
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import nmgraph
 from nmgraph.errors import ConversionError
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
 
 
 def by_hand(weight, n, m, axis=1):
@@ -25,7 +32,6 @@ def changes(found):
     return {site.name: site.changes for site in found.sites}
 
 
-@torch.no_grad()
 def test_the_change_is_that_of_the_cross_entropy_when_one_layer_is_pruned():
     model, images, labels = cnn().train(), torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     found = nmgraph.sensitivity(model, images, labels=labels, patterns=["2:4", "1:8"])
@@ -102,6 +108,50 @@ def test_a_forward_that_draws_draws_alike():
     model, x = NeverTheSame(), torch.ones(3, 16)
     found = [nmgraph.sensitivity(model, x, patterns=["1:4"]) for _ in range(2)]
     assert found[0] == found[1]
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+
+
+def images():
+    return torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (resnet, images), (convnext, images), (deit, images), (swin, images), (Encoder, lambda: torch.randn(2, 5, 32)),
+        (gpt2, lambda: {"input_ids": torch.randint(0, 100, (2, 8))}),
+    ],
+)  # fmt: skip
+def test_every_site_of_a_real_network_changes_the_answer_as_its_own_zeros_do(make, inputs):
+    model, given = make().eval(), inputs()
+
+    def answer(of):
+        found = of(**given).logits if isinstance(given, dict) else of(given)
+        return found.double()
+
+    class Logits(nn.Module):  # what else transformers answers with is left away
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs).logits
+
+    whole = Logits() if isinstance(given, dict) else model
+    found = nmgraph.sensitivity(whole, given, patterns=["1:4"])
+    dense = answer(model)
+    assert len(found.sites) > 3
+    for site in found.sites[:: max(1, len(found.sites) // 6)]:
+        pruned = copy.deepcopy(whole)
+        parameters = dict(pruned.named_parameters())
+        weight = parameters.get(site.name, parameters.get(f"{site.name}.weight"))
+        weight.data = by_hand(weight, 1, 4, site.axis)
+        moved = answer(pruned.model if isinstance(given, dict) else pruned)
+        expected = float((moved - dense).square().sum() / dense.square().sum())
+        assert site.changes["1:4"] == pytest.approx(expected, rel=1e-3), site.name
 
 
 def test_attention_and_every_kind_of_layer_is_pruned_where_its_weight_lies():
