@@ -23,6 +23,7 @@ from nmgraph.passes.recipe_file import RecipeFile
 from nmgraph.passes.sensitivity import Sensitivity, SiteHarm
 
 DENSE = "dense"
+_TIE = 1e-6  # of the largest change: what decides between choices of equal harm
 KINDS = {"flops": "operations with weights", "size": "bytes of weights"}
 
 
@@ -77,7 +78,7 @@ class Suggestion:
         budget: what it was made for.
         reached: share of the dense model's operations or bytes that it leaves.
         harm: sum of the measured changes; those below 0 count as 0.
-        bound: no other choice within the budget has less.
+        bound: no other choice within the budget has less, to a millionth of the largest change.
         patterns: by site, in the model's order; ``dense`` for those to leave as they are.
         included: sites to prune that are only converted if they are included.
     """
@@ -118,6 +119,9 @@ class Suggestion:
 def suggest(measured: Sensitivity, budget: Budget) -> Suggestion:
     """Choose a pattern for every measured site, or to leave it dense.
 
+    Of choices that do equal harm, as all do where nothing was seen to get worse, the one is taken that prunes most evenly: a
+    small harm grows with the square of what is pruned.
+
     Raises:
         ConversionError: if the budget can't be kept, with the least that can.
     """
@@ -136,11 +140,16 @@ def suggest(measured: Sensitivity, budget: Budget) -> Suggestion:
             f"{budget} can't be kept: with the sparsest of the patterns tried everywhere, {least:.1%} of the {KINDS[budget.kind]} "
             f"are left. Allow at least {budget.kind}={math.ceil(least * 1000) / 1000:g}, or try sparser patterns."
         )
-    found = choose(costs, harms, budget.share * dense_cost - fixed)
+    tie = _TIE * (max(map(max, harms)) or 1.0) / dense_cost
+    uneven = [[tie * (own[0] - cost) ** 2 / (own[0] or 1) for cost in own] for own in costs]
+    weighed = [[h + u for h, u in zip(*pair, strict=True)] for pair in zip(harms, uneven, strict=True)]
+    found = choose(costs, weighed, budget.share * dense_cost - fixed)
+    harm = sum(own[i] for own, i in zip(harms, found.options, strict=True))
+    bound = harm if found.bound == found.harm else min(harm, found.bound)
     patterns = {site.name: own[i] for site, own, i in zip(measured.sites, options, found.options, strict=True)}
     spent = fixed + sum(own[i] for own, i in zip(costs, found.options, strict=True))
     included = tuple(s.name for s in measured.sites if s.on_request and patterns[s.name] != DENSE)
-    return Suggestion(budget, spent / dense_cost, found.harm, found.bound, patterns, included)
+    return Suggestion(budget, spent / dense_cost, harm, bound, patterns, included)
 
 
 def _cost(site: SiteHarm, pattern: str, kind: str) -> float:

@@ -33,6 +33,12 @@ def test_a_change_for_the_better_counts_as_none():
     assert found.harm == 0.5
 
 
+def test_where_nothing_got_worse_all_are_pruned_alike_and_no_more_than_asked():
+    better = {"2:4": -0.1, "1:4": -0.2, "1:8": 0.0}
+    assert suggest(sensitivity(better, better, better), Budget("flops", 0.5)).patterns == dict.fromkeys("abc", "2:4")
+    assert suggest(sensitivity(better, better), Budget("size", 0.29)).patterns == dict.fromkeys("ab", "1:4")
+
+
 def test_what_is_never_called_is_left_dense_for_operations_and_pruned_for_bytes():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model.add_module("unused", nn.Linear(64, 64, bias=False))
