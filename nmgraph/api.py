@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -297,6 +298,10 @@ def sensitivity(
     tried = [Pattern.parse(p) for p in ([patterns] if isinstance(patterns, (str, Pattern)) else patterns)]
     if not tried:
         raise ConversionError('there is no pattern to measure. Give some, for example patterns=["2:4", "1:4"].')
+    if not isinstance(labels, (Tensor, NoneType)):
+        raise ConversionError(
+            f"labels are a {type(labels).__name__}; they must be a tensor, one label for each prediction."
+        )
     given = make_inputs(inputs)
     selection = select(skip, include, None, keep_dense, block_axis, None)
     planned = plan(model, Recipe(make_method(method), tried[0]), selection, inputs=given, progress=progress)

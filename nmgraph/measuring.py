@@ -13,7 +13,7 @@ from torch import nn
 from nmgraph import api
 from nmgraph.accounting.budget import Budget, suggest
 from nmgraph.checkpoint.data_file import read_data
-from nmgraph.errors import ConversionError
+from nmgraph.errors import ConversionError, FileError
 from nmgraph.export.inputs import Inputs, find_inputs, named_inputs
 from nmgraph.files import require_writable
 from nmgraph.layers.recipe import Recipe
@@ -62,7 +62,9 @@ class Measuring:
         if data and shapes:
             raise ConversionError("--data holds the inputs already. Leave --input away.")
         if output:
-            require_writable(output, overwrite=overwrite)
+            if output.is_dir():
+                raise FileError(f"{output} is a directory. Give the name of a file in it.")
+            require_writable(output, overwrite=overwrite, option="--recipe")
         return cls(data, Budget.parse(budget) if budget else None, output) if sensitivity else None
 
     def run(

@@ -181,8 +181,10 @@ def test_an_earlier_recipe_is_kept_before_anything_is_measured(dense, tmp_path):
     path = tmp_path / "r.json"
     path.write_text("mine")
     asked = ["inspect", dense, "--sensitivity", "--budget", "flops=0.5", "--recipe", path]
-    assert complaint(*asked).startswith(f"{path} exists and is kept.")
+    assert complaint(*asked).startswith(f"{path} exists and is kept. Choose another place with --recipe, or replace it")
     assert path.read_text() == "mine"
+    asked_for_folder = [*asked[:-1], tmp_path, "--overwrite"]
+    assert complaint(*asked_for_folder) == f"{tmp_path} is a directory. Give the name of a file in it."
     answer(*asked, "--overwrite")
     assert json.loads(path.read_text())["nmgraph_recipe"] == 1
 

@@ -222,8 +222,19 @@ def _criterion(dense_answer: Any, labels: Tensor | None) -> tuple[str, Callable[
     if labels is None:
         return MOVED, _moved_from(_floating(dense_answer))
     if _field(dense_answer, "loss") is not None:
-        return OWN_LOSS, lambda answer: float(_field(answer, "loss"))
+        return OWN_LOSS, _own_loss
     return CROSS_ENTROPY, lambda answer: _cross_entropy(answer, labels)
+
+
+def _own_loss(answer: Any) -> float:
+    loss = _field(answer, "loss")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
+        raise ConversionError(
+            f"the loss of the model's answer has the {what}, and has to be one number. Leave the labels away: its answers are "
+            "compared then."
+        )
+    return float(loss)
 
 
 def _cross_entropy(answer: Any, labels: Tensor) -> float:

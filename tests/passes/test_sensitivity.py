@@ -231,6 +231,11 @@ class WithOwnLoss(nn.Module):
         return {"logits": logits} | ({} if labels is None else {"loss": F.mse_loss(logits, labels)})
 
 
+class WithLossOfEach(WithOwnLoss):
+    def forward(self, x, labels=None):
+        return {"loss": self.layer(x) - (0 if labels is None else labels)}
+
+
 class WithLogits(WithOwnLoss):
     def forward(self, x):
         return {"logits": self.layer(x)}
@@ -271,6 +276,8 @@ class Logarithm(nn.Module):
         (mlp(), torch.randn(2, 16), {"labels": torch.tensor([0, 1, 2])}, "Give one whole number below 8 for each prediction, or leave the labels away."),
         (mlp(), torch.full((2, 16), float("inf")), {"labels": torch.tensor([0, 1])}, "the dense model: cross entropy is nan. Give data that is scaled as the model expects it"),
         (mlp(), torch.randn(2, 16), {"patterns": ["1:32"], "skip": ["*"]}, "Sequential has no layer that converts to 1:32"),
+        (mlp(), torch.randn(2, 16), {"labels": [0, 1]}, "labels are a list; they must be a tensor, one label for each prediction."),
+        (WithLossOfEach(), torch.randn(2, 16), {"labels": torch.randn(2, 4)}, "the loss of the model's answer has the shape [2, 4], and has to be one number. Leave the labels away"),
         (mlp(), torch.randn(2, 16), {"patterns": []}, 'there is no pattern to measure. Give some, for example patterns=["2:4", "1:4"].'),
     ],
 )  # fmt: skip
