@@ -3,9 +3,10 @@
     python benchmarks/sensitivity.py --json benchmarks/results/sensitivity.json
 
 A small residual network learns scikit-learn's digits, dense. Its harms are measured on 256 of its training images. For each
-uniform pattern, suggestions are made with as many operations at most: by the loss, and by how far answers move. Beside them stands the
-uniform pattern with the classifier dense, as most papers leave it, with slightly more operations. All prune the same dense weights: once, by magnitude
-(asp); and trained on with lbc. The seed draws weights and order of images; the images held out are the same.
+uniform pattern, suggestions are made with as many operations at most: by the loss, and by how far answers move. Beside them
+stands the uniform pattern with the classifier dense, as most papers leave it, which is slightly more. All prune the same
+dense weights: once, by magnitude (asp); and trained on with lbc. The seed draws weights and order of images; the images held
+out are the same.
 """
 
 import argparse
