@@ -4,7 +4,20 @@
 the package is imported, by api.py, before the function is bound here, so that no later import puts it in its place.
 """
 
-from nmgraph.api import accelerate, attach, convert, export, finalize, inspect, load, manifest, record, save, verify
+from nmgraph.api import (
+    accelerate,
+    attach,
+    convert,
+    export,
+    finalize,
+    inspect,
+    load,
+    manifest,
+    record,
+    save,
+    sensitivity,
+    verify,
+)
 from nmgraph.errors import NMGraphError
 from nmgraph.methods import METHODS
 from nmgraph.nm.pattern import Pattern
@@ -23,6 +36,7 @@ __all__ = [
     "manifest",
     "record",
     "save",
+    "sensitivity",
     "verify",
 ]
 __version__ = "0.1.0"
