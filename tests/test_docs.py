@@ -20,6 +20,7 @@ BLOCKS = [
 GENERATED = re.compile(r"<!-- \[\[\[cog (.*?) \]\]\] -->\n(.*?)<!-- \[\[\[end\]\]\] -->", re.DOTALL)
 NOT_RUN = {  # pages with blocks that are only shown, how many, and why
     "README.md": (1, "loads the file that a command wrote"),
+    "docs/guides/from-modelopt.md": (1, "needs nvidia-modelopt, which is not installed here"),
     "docs/scale.md": (3, "several processes, or names that are the reader's: tests/training has what they show"),
 }
 OTHER_PROGRAMS = ("python", "pip", ".")
