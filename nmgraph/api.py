@@ -359,7 +359,7 @@ def sensitivity(
             differences of all its floating-point tensors over the sum of their squares.
         patterns: to try. A layer that none of them fits is tried with the usual ones that do.
         method: that the model will be converted with; patterns that it does not support are left out.
-        skip: as for :func:`convert`, of what is not to be measured; the same holds of the next three.
+        skip: as for ``convert``, of what is not to be measured; the same holds of the next three.
         include: globs of layers that are left dense by default.
         keep_dense: ``"stem"`` and ``"head"``.
         block_axis: ``"channels"`` or ``"flat"``.
