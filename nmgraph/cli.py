@@ -50,7 +50,7 @@ from nmgraph.options import (
 )
 from nmgraph.passes.permutation_report import PermutationReport
 
-_EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES = 6, 3, 2
+_EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES, _REPORT_STAGES = 6, 3, 2, 1
 
 app = typer.Typer(
     name="nmgraph",
@@ -241,7 +241,7 @@ def export(
         if trt:
             require_tensorrt()
         _require_no_directory(converted)
-        out = output or converted.with_name(f"{converted.name.removesuffix('.pt').removesuffix('.nm')}-export")
+        out = output or _beside(converted, "-export")
         require_writable(out, overwrite=overwrite)
         model = nmgraph.load(converted, model=factory, trust=trust)
         report = nmgraph.export(
@@ -252,6 +252,33 @@ def export(
         )  # fmt: skip
         note = f"To build the engine on another machine, in a copy of {out}:\n{report.trtexec}" if trt_command else ""
         answer(json, report.to_dict(), report, note, code=FINE if report.holds else FAILED)
+
+
+@app.command()
+def report(
+    converted: ConvertedArgument,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="RUN.JSONL", help="The training log, as nmgraph.record writes it.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="What `nmgraph export` wrote.")
+    ] = None,
+    factory: FactoryOption = None,
+    trust: TrustOption = [],  # noqa: B006
+    output: OutOption = None,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write one HTML file about a model: its layers, training and masks, and what is proved."""
+    with answering(json, debug), progress_bar(json, _REPORT_STAGES) as progress:
+        _require_no_directory(converted)
+        out = output or _beside(converted, "-report.html")
+        require_writable(out, overwrite=overwrite)
+        found = api.find_findings(converted, log, export, factory, trust)
+        progress("drawing")
+        api.write_report(found, out, overwrite=overwrite)
+        answer(json, {"output": str(out), **found.summary()}, found.verdict[0], f"Wrote {out}. Open it in a browser.")
 
 
 @app.command()
@@ -292,6 +319,10 @@ def bench(
         )
         note = on_cpu if found.runner.startswith("ONNX") else ""
         answer(json, found.to_dict(), found, note)
+
+
+def _beside(converted: Path, ending: str) -> Path:
+    return converted.with_name(f"{converted.name.removesuffix('.pt').removesuffix('.nm')}{ending}")
 
 
 def _require_no_directory(path: Path) -> None:

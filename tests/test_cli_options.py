@@ -19,6 +19,9 @@ COMMANDS = {
         "-o --output", "--overwrite", "--force", "--json", "--debug",
     ],
     "bench": ["FILE...", "--input", "--rounds", "--json", "--debug"],
+    "report": [
+        "CONVERTED", "--log", "--export", "--model", "--trust", "-o --output", "--overwrite", "--json", "--debug",
+    ],
     "verify": ["FILE", "--pattern", "--model", "--trust", "--json", "--debug"],
 }  # fmt: skip
 

@@ -19,12 +19,13 @@ MAY_IMPORT = {
     "training": {"nm", "methods", "layers"},
     "checkpoint": {"nm", "methods", "layers", "passes", "training"},
     "export": {"nm", "methods", "layers", "passes", "training"},
-    "api": {"nm", "methods", "layers", "passes", "training", "checkpoint", "export"},
+    "report": {"nm", "methods", "layers", "passes", "training", "checkpoint", "export"},
+    "api": {"nm", "methods", "layers", "passes", "training", "checkpoint", "export", "report"},
     "integrations": {"api", "layers", "passes", "training"},
     "__init__": {"api", "methods", "nm"},
     "console": set(),
     "options": set(),
-    "cli": {"console", "options", "api", "nm", "methods", "layers", "passes", "training", "checkpoint", "export"},
+    "cli": {"console", "options", "api", "nm", "methods", "layers", "passes", "training", "checkpoint", "export", "report"},
     "__main__": {"cli"},
 }
 EVERYWHERE = {"compilation", "errors", "files"}
