@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from nmgraph.layers.kinds import is_layer
 from nmgraph.passes.products import LOOKUP, OPERANDS, Use, axis_of
@@ -33,20 +35,44 @@ class Watched:
         calls: how often each module was called, by qualified name.
         uses: of bare parameters in products, each once.
         macs: multiply-accumulate operations with each parameter, by its qualified name.
+        all_macs: those of all products, also between activations, as torch's own counter has them.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     uses: list[Use] = field(default_factory=list)
     macs: Counter[str] = field(default_factory=Counter)
+    all_macs: int = 0
 
 
 def watch(model: nn.Module, run: Callable[[nn.Module], Any]) -> Watched:
-    """Run a copy that shares the parameters, in evaluation mode, and watch it."""
-    watched = copy_structure(model, share_parameters).eval()
+    """Run a copy that shares the parameters, in evaluation mode, and watch it.
+
+    Of a model on the meta device only shapes are computed: what depends on values is not seen.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+            return _watch(fake_copy(model, fakes).eval(), run)
+    return _watch(copy_structure(model, share_parameters).eval(), run)
+
+
+def fake_copy(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
+    """Copy a model with tensors that have shapes and no values; those on the meta device count as being on the CPU."""
+
+    def fake(t: Tensor) -> Tensor:
+        if t.is_meta:
+            made = fakes.fake_tensor_converter.from_meta_and_device(fakes, t.detach(), torch.device("cpu"))
+        else:
+            made = fakes.from_tensor(t.detach())
+        return nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+
+    return copy_structure(model, fake)
+
+
+def _watch(watched: nn.Module, run: Callable[[nn.Module], Any]) -> Watched:
     found = Watched()
     for name, module in watched.named_modules():
         module.register_forward_pre_hook(lambda _module, _args, name=name: found.calls.update([name]))
-    devices = {p.device for p in model.parameters() if p.is_cuda}
+    devices = {p.device for p in watched.parameters() if p.is_cuda}
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer shows no products
     try:
@@ -104,6 +130,8 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.found.uses.append(Use(span.parameter, name, None, computed=True))
                 args = (args[0].clone(), *args[1:])
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.found.all_macs += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out) // 2
         if name == "convolution":
             self._note(
                 args[1],
@@ -168,7 +196,11 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_one_hot(t: Tensor) -> bool:
-    return not t.is_meta and bool(((t == 0) | (t == 1)).all()) and bool((t.sum(-1) == 1).all())
+    return (
+        not (t.is_meta or isinstance(t, FakeTensor))
+        and bool(((t == 0) | (t == 1)).all())
+        and bool((t.sum(-1) == 1).all())
+    )
 
 
 def _memory(t: Tensor) -> int:

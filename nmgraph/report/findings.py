@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmgraph.errors import FileError
+from nmgraph.accounting.cost import TrainingCost, cost_of_run, plan_cost
+from nmgraph.accounting.macs import count_macs
+from nmgraph.errors import ExportError, FileError
+from nmgraph.export.inputs import inputs_of
 from nmgraph.layers.masked import MaskedWeight, buffer_names, masked_weights
 from nmgraph.nm.packing import packed_bytes
 from nmgraph.nm.pattern import Pattern
@@ -140,6 +143,7 @@ class Findings:
         total_steps: of the whole run; 0 before a model is attached.
         pictures: of each converted layer as it is now.
         environment: (name, value) in words.
+        cost: of its training, by the log or else as its methods plan it; None where the inputs are not known.
         log: of its training.
         log_file: its name.
         export: what was exported.
@@ -156,6 +160,7 @@ class Findings:
     total_steps: int
     pictures: dict[str, LayerPicture]
     environment: Sequence[tuple[str, str]]
+    cost: TrainingCost | None = None
     log: RunLog | None = None
     log_file: str = ""
     export: Exported | None = None
@@ -218,6 +223,11 @@ class Findings:
             "coverage": self.manifest.coverage,
             "kept": self.kept,
             "macs": None if self.macs is None else {"dense": self.macs[0], "kept": self.macs[1]},
+            "training_macs": None if self.cost is None else {
+                "recorded": bool(self.log and self.log.records),
+                "over_dense": self.cost.ratio,
+                "over_dense_on_24": self.cost.ratio_on_24,
+            },
             "bytes": {
                 name: sum(getattr(layer, f"{name}_bytes") for layer in self.converted)
                 for name in ("weight", "compressed", "state")
@@ -257,10 +267,25 @@ def gather(model: nn.Module, *, file: str = "", log: Path | None = None, export:
         pictures = {name: take_picture(weight, weight.mask()) for name, weight in masked.items()}
     findings = Findings(
         type(model).__name__, file, manifest, layers, verification, step, total, pictures,
-        _environment(model, masked, file, log, run, export), run, log.name if log else "",
+        _environment(model, masked, file, log, run, export), _cost(model, manifest, masked, run, total), run, log.name if log else "",
         None if export is None else Exported.read(export, manifest),
     )  # fmt: skip
     return Findings(**{**findings.__dict__, "missing": _missing(findings), "doubts": _doubts(findings, bool(masked))})
+
+
+def _cost(
+    model: nn.Module, manifest: Manifest, masked: dict[str, MaskedWeight], run: RunLog | None, total_steps: int
+) -> TrainingCost | None:
+    if not manifest.inputs or not (run or masked):
+        return None
+    try:
+        macs = count_macs(model, inputs_of(manifest).on_cpu(next(model.parameters()).dtype).call)
+    except ExportError:
+        return None  # a part of a model takes other inputs than the model that was converted
+    if run is not None and run.records:
+        return cost_of_run(macs, run)
+    sparse = {name: (weight.told.method, weight.told.pattern) for name, weight in masked.items()}
+    return plan_cost(macs, sparse, *([total_steps] if total_steps else [])) if sparse else None
 
 
 def _layer(entry: Entry, weight: MaskedWeight | None, check: WeightCheck | None, itemsize: int) -> Layer:

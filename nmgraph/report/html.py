@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from nmgraph.accounting.cost import TrainingCost
 from nmgraph.files import written_atomically
 from nmgraph.nm.pattern import Pattern
 from nmgraph.report.charts import draw_magnitudes, draw_metric, draw_quantity
@@ -97,6 +98,7 @@ def render(findings: Findings) -> str:
         last=_last_numbers(findings),
         legend={"kept": KEPT, "new since the picture before": ADDED, "gone since": REMOVED, "masked": GONE},
         costs=_costs(findings.layers),
+        step_costs=_step_costs(findings.cost),
     )
 
 
@@ -156,6 +158,14 @@ def _costs(layers: Sequence[Layer]) -> list[tuple[str, int, float]]:
     """Give (name, dense operations, kept ones) of the layers, the most expensive first."""
     rows = [(layer.entry.name or "(root)", layer.entry.macs or 0, layer.kept_macs or 0.0) for layer in layers]
     return sorted((row for row in rows if row[1]), key=lambda row: row[1], reverse=True)
+
+
+def _step_costs(cost: TrainingCost | None) -> list[tuple[str, int, float, float]]:
+    """Give (product, dense operations of a step, needed ones, those on 2:4 sparse tensor cores), all three together first."""
+    if cost is None:
+        return []
+    rows = list(zip(("forward", "input gradient", "weight gradient"), cost.dense, cost.needed, cost.on_24, strict=True))
+    return [("together", sum(cost.dense), sum(cost.needed), sum(cost.on_24)), *rows]
 
 
 def count_text(number: float | None) -> str:

@@ -204,7 +204,8 @@ def _from_line(line: str) -> Run | Record | Picture:
             raise ValueError(f"format {version} is newer than this nmgraph, which reads {FORMAT}")
         run = Run(**values)
         _require(all(_is_count(n) for n in (run.step, run.total_steps, run.every)), "steps are no whole numbers")
-        _require(all(isinstance(layer, dict) for layer in run.layers.values()), "a layer is not described")
+        told = [(layer["method"], layer["pattern"], layer["options"]) for layer in run.layers.values()]
+        _require(all(tuple(map(type, t)) == (str, str, dict) for t in told), "a layer is not described")
         return run
     if kind == "record":
         record = Record(**values)

@@ -1,0 +1,1 @@
+"""What sparsity costs and saves: multiply-accumulates of a training run, state of methods."""

@@ -1,0 +1,119 @@
+"""Multiply-accumulate operations (MACs; two FLOPs each) of a model's layers, forward and backward apart.
+
+Shapes come from a forward under fake tensors, so they are those of the real model, whatever its forward does, and
+nothing is computed. A backward costs each weight as much as the forward, twice: once for the gradient of its input,
+if something before it is trained, and once for its own, if it is trained itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from nmgraph.layers.kinds import is_layer
+from nmgraph.layers.masked import site_name, unmask_all
+from nmgraph.passes.structure import copy_structure, owner_of, share_parameters
+from nmgraph.passes.watch import fake_copy, watch
+
+
+class Macs(NamedTuple):
+    """MACs of one training step.
+
+    Attributes:
+        forward: of ``Y = X Wᵀ``.
+        input_gradient: of ``dX = dY W``.
+        weight_gradient: of ``dW = dYᵀ X``.
+    """
+
+    forward: int
+    input_gradient: int
+    weight_gradient: int
+
+
+@dataclass(frozen=True)
+class ModelMacs:
+    """MACs of a dense model for the inputs it was run on.
+
+    Attributes:
+        layers: by site.
+        elsewhere: products without a weight, such as those of attention.
+    """
+
+    layers: Mapping[str, Macs]
+    elsewhere: Macs
+
+    @property
+    def total(self) -> Macs:
+        """All of them."""
+        return Macs(*(sum(column) for column in zip(*self.layers.values(), self.elsewhere, strict=True)))
+
+
+def count_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> ModelMacs:
+    """Count the MACs of a model, as if it were dense.
+
+    Args:
+        model: dense or converted, on any device, also meta; it is not changed.
+        run: runs the copy of the model that it is given.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+        >>> count_macs(net, lambda model: model(torch.ones(10, 8))).layers["1"]
+        Macs(forward=80, input_gradient=80, weight_gradient=80)
+    """
+    dense = copy_structure(model, share_parameters)
+    unmask_all(dense)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        copied = fake_copy(dense, fakes).eval()
+        reached = _reached_by_gradients(copied, run)
+        seen = watch(copied, run)
+    names: dict[int, list[tuple[nn.Module, str, str]]] = {}  # of each parameter
+    for name in seen.macs:
+        owner, key = owner_of(copied, name)
+        names.setdefault(id(owner._parameters[key]), []).append((owner, name.removesuffix(key).rstrip("."), key))
+    layers: dict[str, Macs] = {}
+    for same in names.values():
+        # One that an embedding shares with a layer is the layer's.
+        owner, path, key = next((place for place in same if is_layer(place[0])), same[0])
+        macs, parameter = seen.macs[f"{path}.{key}".lstrip(".")], owner._parameters[key]
+        assert parameter is not None
+        layers[site_name(path, key)] = Macs(macs, macs * (path in reached), macs * parameter.requires_grad)
+    left = seen.all_macs - sum(m.forward for m in layers.values())
+    return ModelMacs(layers, Macs(left, 2 * left, 0))
+
+
+def _reached_by_gradients(model: nn.Module, run: Callable[[nn.Module], Any]) -> set[str]:
+    """Name the modules whose input depends on something that is trained."""
+    reached: set[str] = set()
+
+    def note(path: str, given: Any) -> None:
+        if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(given)):
+            reached.add(path)
+
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _module, args, kwargs, path=path: note(path, (args, kwargs)), with_kwargs=True
+        )
+        for path, module in model.named_modules()
+    ]
+    run(_WithGradients(model))
+    for hook in hooks:
+        hook.remove()
+    return reached
+
+
+class _WithGradients(nn.Module):
+    """Runs a model with gradients, also where the caller has turned them off."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return self.model(*args, **kwargs)
