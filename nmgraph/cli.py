@@ -260,9 +260,7 @@ def report(
     log: Annotated[
         Path | None, typer.Option("--log", metavar="RUN.JSONL", help="The training log, as nmgraph.record writes it.")
     ] = None,
-    export: Annotated[
-        Path | None, typer.Option("--export", metavar="DIR", help="What `nmgraph export` wrote.")
-    ] = None,
+    export: Annotated[Path | None, typer.Option("--export", metavar="DIR", help="What `nmgraph export` wrote.")] = None,
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006
     output: OutOption = None,

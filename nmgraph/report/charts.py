@@ -18,7 +18,7 @@ _VARIABLES = {_INK: "var(--soft)", _LINE: "var(--line)", _BLUE: "var(--blue)", _
 _POINTS = 400
 _WIDE_RANGE = 30  # from the smallest to the largest value; beyond, a logarithmic axis shows more
 _FLAT = 1e-3  # of a share that hardly moves, the rounding is not to fill the picture
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "path.simplify": True,
@@ -75,12 +75,12 @@ def draw_quantity(log: RunLog, quantity: str, key: str, *, share: bool) -> str:
 def _draw(key: str, steps: np.ndarray, lines: Sequence[np.ndarray], *, share: bool) -> str:
     """Draw one line, or a line with a band around it, of at most so many points."""
     parts = np.array_split(np.arange(len(steps)), min(_POINTS, len(steps)))
-    merges = (np.mean, np.min, np.max)
+    merges: Sequence[Any] = (np.mean, np.min, np.max)
     steps = np.array([steps[part].mean() for part in parts])
     lines = [np.array([merge(v[p]) for p in parts]) for v, merge in zip(lines, merges, strict=False)]
 
     def paint(axes: Any) -> None:
-        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
         if len(lines) > 1:
             axes.fill_between(steps, lines[1], lines[2], color=_BLUE, alpha=0.2, linewidth=0)
@@ -93,6 +93,7 @@ def _draw(key: str, steps: np.ndarray, lines: Sequence[np.ndarray], *, share: bo
         elif smallest > 0 and largest > _WIDE_RANGE * smallest:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("step")
@@ -110,6 +111,8 @@ def draw_magnitudes(now: LayerPicture, before: LayerPicture | None, key: str) ->
     """
 
     def paint(axes: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         edges = np.linspace(LOW, HIGH, BINS + 1)
         kept, masked = np.array(now.kept), np.array(now.magnitudes) - np.array(now.kept)
         if before is not None:
@@ -119,7 +122,8 @@ def draw_magnitudes(now: LayerPicture, before: LayerPicture | None, key: str) ->
         filled = np.flatnonzero(np.array(now.magnitudes) + np.array(before.magnitudes if before else 0))
         if len(filled):
             axes.set_xlim(edges[filled[0]] - 0.5, edges[filled[-1] + 1] + 0.5)
-        axes.set_xlabel("log2 of the magnitude; upwards, the number of weights")
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.set_xlabel("log2 of the magnitude")
 
     return _svg(key, paint, (4.0, 2.0))
 

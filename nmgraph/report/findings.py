@@ -112,7 +112,9 @@ class Exported:
         ours, theirs = ({e.name: tuple(e.shape) for e in m.converted} for m in (manifest, exported))
         other = [name for name in (*theirs, *ours) if ours.get(name) != theirs.get(name)]
         if other:
-            raise FileError(f"{directory} is the export of another model: {other[0] or '(root)'} is not the same in both.")
+            raise FileError(
+                f"{directory} is the export of another model: {other[0] or '(root)'} is not the same in both."
+            )
         return found
 
 
@@ -223,7 +225,9 @@ class Findings:
             "coverage": self.manifest.coverage,
             "kept": self.kept,
             "macs": None if self.macs is None else {"dense": self.macs[0], "kept": self.macs[1]},
-            "training_macs": None if self.cost is None else {
+            "training_macs": None
+            if self.cost is None
+            else {
                 "recorded": bool(self.log and self.log.records),
                 "over_dense": self.cost.ratio,
                 "over_dense_on_24": self.cost.ratio_on_24,
@@ -354,7 +358,12 @@ def _doubts(found: Findings, masked: bool) -> list[str]:
 
 
 def _environment(
-    model: nn.Module, masked: dict[str, MaskedWeight], file: str, log: Path | None, run: RunLog | None, export: Path | None
+    model: nn.Module,
+    masked: dict[str, MaskedWeight],
+    file: str,
+    log: Path | None,
+    run: RunLog | None,
+    export: Path | None,
 ) -> list[tuple[str, str]]:
     """Name what the report was made with; of files the names alone, and nothing of who or where."""
     recipes: dict[str, int] = {}
@@ -378,4 +387,3 @@ def _environment(
         ("seeds", "of the method among its options; those of the training loop are not recorded"),
     ]
     return rows
-

@@ -131,11 +131,12 @@ def _portraits(findings: Findings) -> Iterator[Portrait]:
 
 
 def _masks(shown: Sequence[tuple[str, LayerPicture]], layer: Layer) -> list[MaskPicture]:
-    block, before, masks = Pattern.parse(layer.entry.pattern).m, None, []
+    masks: list[MaskPicture] = []
+    before = None
     for when, picture in shown:
         now = picture.mask.numpy()
-        same_place = before if before is not None and before.shape == now.shape else None
-        source, width = draw_mask(now, same_place, block)
+        comparable = before is not None and before.shape == now.shape
+        source, width = draw_mask(now, before if comparable else None, Pattern.parse(layer.entry.pattern).m)
         masks.append(MaskPicture(when, float(now.mean()), source, width))
         before = now
     return masks
