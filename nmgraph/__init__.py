@@ -5,7 +5,20 @@
 later import puts them in their place.
 """
 
-from nmgraph.api import accelerate, attach, convert, export, finalize, load, manifest, record, report, save, verify
+from nmgraph.api import (
+    accelerate,
+    attach,
+    convert,
+    export,
+    finalize,
+    inspect,
+    load,
+    manifest,
+    record,
+    report,
+    save,
+    verify,
+)  # fmt: skip
 from nmgraph.errors import NMGraphError
 from nmgraph.methods import METHODS
 from nmgraph.nm.pattern import Pattern
@@ -19,6 +32,7 @@ __all__ = [
     "convert",
     "export",
     "finalize",
+    "inspect",
     "load",
     "manifest",
     "record",

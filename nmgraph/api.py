@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from nmgraph.accounting.inspection import Inspection, inspect_plan
+from nmgraph.accounting.macs import count_macs
 from nmgraph.checkpoint.dense_file import make_model, open_dense, state_of
 from nmgraph.checkpoint.factory import load_weights
 from nmgraph.checkpoint.hugging_face import find_hugging_face_manifest, open_hugging_face
@@ -133,9 +135,7 @@ def convert(
         raise ConversionError(f'there is no mode {mode!r}. Use "auto" (in place) or "graph" (a GraphModule).')
     _require_plain(model)
     published = find_preset(method, preset) if preset else None
-    recipe = Recipe(
-        make_method(method, {**(published.options if published else {}), **method_options}), Pattern.parse(pattern)
-    )
+    recipe = _recipe(method, pattern, published, method_options)
     selection = select(skip, include, layers, keep_dense, block_axis, published)
     inputs = None if example_inputs is None else make_inputs(example_inputs)
     how = Tracing(tracer, concrete_args)
@@ -258,6 +258,65 @@ def plan(
         used.products = prefer(ran.uses, used.products)
     decisions = decide(find_sites(model, used), used, recipe, selection)
     return Plan(recipe.method.name, tuple(decisions), used.untraced, calls)
+
+
+def inspect(
+    model: nn.Module,
+    *,
+    method: str | Method[Any] = "lbc",
+    pattern: str | Pattern = "2:4",
+    example_inputs: Any = None,
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    layers: Mapping[str, str | Pattern] | None = None,
+    keep_dense: Sequence[str] | None = None,
+    block_axis: str | None = None,
+    preset: str | None = None,
+    progress: Progress = _silent,
+    **method_options: Any,
+) -> Inspection:
+    """Show what ``convert`` would make of every layer, what that gains and what each method costs; change nothing.
+
+    Args:
+        model: dense; on the meta device, too.
+        example_inputs: as for :func:`convert`; by default the usual ones for the model's first layer, if it takes them.
+            Operations are counted for these; without any they are not.
+        method, pattern, skip, include, layers, keep_dense, block_axis, preset, **method_options: as for :func:`convert`.
+        progress: called with what begins.
+
+    Raises:
+        NMGraphError: what ``convert`` would raise.
+
+    Example:
+        >>> import torch, nmgraph
+        >>> found = nmgraph.inspect(torch.nn.Linear(64, 512), method="bimask", example_inputs=torch.ones(1, 64))
+        >>> found.inference, found.likely
+        (0.5, {'': 'unlikely'})
+    """
+    _require_plain(model)
+    published = find_preset(method, preset) if preset else None
+    recipe = _recipe(method, pattern, published, method_options)
+    selection = select(skip, include, layers, keep_dense, block_axis, published)
+    inputs = make_inputs(example_inputs) if example_inputs is not None else _usual_inputs(model)
+    planned = plan(model, recipe, selection, inputs=inputs, progress=progress)
+    progress("counting operations")
+    macs = None if inputs is None else count_macs(model, inputs.call)
+    progress("comparing methods")
+    return inspect_plan(planned, macs, "" if inputs is None else str(inputs))
+
+
+def _recipe(
+    method: str | Method[Any], pattern: str | Pattern, preset: Preset | None, options: Mapping[str, Any]
+) -> Recipe:
+    return Recipe(make_method(method, {**(preset.options if preset else {}), **options}), Pattern.parse(pattern))
+
+
+def _usual_inputs(model: nn.Module) -> Inputs | None:
+    """Find inputs that a model takes, to count its operations; None if it does not say what it takes."""
+    try:
+        return find_inputs(model, None)
+    except ExportError:
+        return None  # the table goes without what would be counted
 
 
 def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Controller:

@@ -16,18 +16,15 @@ from rich.markup import escape
 from rich.table import Table
 
 import nmgraph
-from nmgraph import api
 from nmgraph.checkpoint.dense_file import default_output, read_dense
 from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.console import FAILED, FINE, answer, answering, progress_bar
-from nmgraph.errors import ConversionError, ExportError, FileError, MethodError
+from nmgraph.errors import ConversionError, FileError, MethodError
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import masked_weights
-from nmgraph.layers.recipe import Recipe
-from nmgraph.methods import METHODS, find_preset, make_method
+from nmgraph.methods import METHODS, find_preset
 from nmgraph.methods.contract import Preset
-from nmgraph.nm.pattern import Pattern
 from nmgraph.options import (
     BlockAxisOption,
     ConvertedArgument,
@@ -50,7 +47,7 @@ from nmgraph.options import (
 )
 from nmgraph.passes.permutation_report import PermutationReport
 
-_EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES, _REPORT_STAGES = 6, 3, 2, 1
+_EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES, _INSPECT_STAGES, _REPORT_STAGES = 6, 3, 2, 3, 1
 
 app = typer.Typer(
     name="nmgraph",
@@ -97,18 +94,27 @@ def inspect(
     trust: TrustOption = [],  # noqa: B006 - typer needs the literal
     method: MethodOption = "lbc",
     pattern: PatternOption = "2:4",
+    set: SetOption = [],  # noqa: B006
+    skip: SkipOption = [],  # noqa: B006
+    include: IncludeOption = [],  # noqa: B006
+    layer: LayerOption = [],  # noqa: B006
+    keep_dense: KeepDenseOption = None,
+    block_axis: BlockAxisOption = None,
+    preset: PresetOption = None,
     input: InputOption = [],  # noqa: B006
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show what `convert` would make of every layer, and change nothing."""
-    with answering(json, debug), progress_bar(json, 1) as progress:
-        recipe = Recipe(make_method(method), Pattern.parse(pattern))
+    """Show what `convert` would make of every layer, what that gains and what methods cost, and change nothing."""
+    with answering(json, debug), progress_bar(json, _INSPECT_STAGES) as progress:
+        options = _options(method, set)
         dense = read_dense(model, factory=factory, trust=trust)
-        inputs = _inputs(input) or _usual_inputs(dense.model)
-        found = api.plan(dense.model, recipe, inputs=inputs, progress=progress).manifest()
-        told = {"coverage": found.coverage, "macs_coverage": found.macs_coverage, "notes": dense.notes}
-        answer(json, found.to_dict() | told, found, "\n".join(dense.notes))
+        found = nmgraph.inspect(
+            dense.model, method=method, pattern=pattern, skip=skip, include=include, layers=_layers(layer),
+            keep_dense=_ends(keep_dense), block_axis=block_axis, preset=preset, example_inputs=_inputs(input),
+            progress=progress, **options,
+        )  # fmt: skip
+        answer(json, found.to_dict() | {"notes": dense.notes}, found, "\n".join(dense.notes))
 
 
 @app.command()
@@ -141,11 +147,10 @@ def convert(
         if out.exists() and model.exists() and out.samefile(model):
             raise FileError(f"{out} is the dense model itself, and is kept. Choose another place with -o.")
         options = _options(method, set)
-        layers = dict(_pair(text, "--layer", "GLOB=N:M") for text in layer)
         dense = read_dense(model, factory=factory, trust=trust)
         converted = nmgraph.convert(
-            dense.model, method=method, pattern=pattern, skip=skip, include=include, layers=layers, example_inputs=_inputs(input),
-            keep_dense=None if keep_dense is None else [end.strip() for end in keep_dense.split(",") if end.strip()],
+            dense.model, method=method, pattern=pattern, skip=skip, include=include, layers=_layers(layer), example_inputs=_inputs(input),
+            keep_dense=_ends(keep_dense),
             block_axis=block_axis, preset=preset, permute_channels=permute_channels,
             progress=progress, **options,
         )  # fmt: skip
@@ -372,21 +377,19 @@ def _options(method: str, texts: list[str]) -> dict[str, Any]:
     return options
 
 
+def _layers(texts: list[str]) -> dict[str, str]:
+    return dict(_pair(text, "--layer", "GLOB=N:M") for text in texts)
+
+
+def _ends(text: str | None) -> list[str] | None:
+    return None if text is None else [end.strip() for end in text.split(",") if end.strip()]
+
+
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise ConversionError(f"{option} {text!r} has another form than {form}.")
     return key, value
-
-
-def _usual_inputs(model: Any) -> Any:
-    """Find inputs that a model takes, to count its operations; None if it does not say what it takes."""
-    from nmgraph.export.inputs import find_inputs
-
-    try:
-        return find_inputs(model, None)
-    except ExportError:
-        return None  # the table goes without that column
 
 
 def _inputs(texts: list[str]) -> Any:

@@ -132,11 +132,12 @@ def _at_end(pattern: Pattern) -> Share:
     return Share(Work(d, d, d), Work(0.5 if pattern.implies(_HARDWARE) else 1.0, 1.0, 1.0))
 
 
-def _on_24(method: Method[Any], pattern: Pattern, density: float) -> Work:
-    """Say what sparse tensor cores do at a moment when the forward mask has a density."""
-    if density > pattern.density + 1e-6 or not pattern.implies(_HARDWARE):
-        return DENSE  # not N:M yet
-    return Work(0.5, 0.5 if method.sparse_input_gradient else 1.0, 1.0)
+def _on_24(method: Method[Any], pattern: Pattern, densities: Sequence[float]) -> list[Work]:
+    """Say what sparse tensor cores do at moments when the forward mask has these densities."""
+    sparse = Work(0.5, 0.5 if method.sparse_input_gradient else 1.0, 1.0)
+    if not pattern.implies(_HARDWARE):
+        return [DENSE] * len(densities)
+    return [sparse if density <= pattern.density + 1e-6 else DENSE for density in densities]
 
 
 @lru_cache(maxsize=256)
@@ -144,7 +145,7 @@ def _planned(method: Method[Any], pattern: Pattern, total_steps: int, steps: int
     """Take the mean over the steps of a run, or over the first of them."""
     clocks = (Clock(step, total_steps, 0.0) for step in range(total_steps if steps is None else steps))
     works = [method.work(pattern, clock) for clock in clocks]
-    return Share(_mean(works), _mean([_on_24(method, pattern, work.forward) for work in works]))
+    return Share(_mean(works), _mean(_on_24(method, pattern, [work.forward for work in works])))
 
 
 def _recorded(method: Method[Any], pattern: Pattern, kept: Sequence[tuple[int, float]], total_steps: int) -> Share:
@@ -161,7 +162,7 @@ def _recorded(method: Method[Any], pattern: Pattern, kept: Sequence[tuple[int, f
         min(1.0, density + plan.input_gradient - plan.forward),
         min(1.0, density + plan.weight_gradient - plan.forward),
     )
-    at = [_on_24(method, pattern, share) for _, share in kept[:-1]]
+    at = _on_24(method, pattern, [share for _, share in kept[:-1]])
     return Share(needed, Work(*(_weighted(column, spans) for column in zip(*at, strict=True))))
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from nmgraph.layers.kinds import is_layer
 from nmgraph.layers.masked import site_name, unmask_all
 from nmgraph.passes.structure import copy_structure, owner_of, share_parameters
-from nmgraph.passes.watch import fake_copy, watch
+from nmgraph.passes.watch import fake_copy, watch_itself
 
 
 class Macs(NamedTuple):
@@ -70,8 +70,8 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> ModelMacs:
     unmask_all(dense)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         copied = fake_copy(dense, fakes).eval()
-        reached = _reached_by_gradients(copied, run)
-        seen = watch(copied, run)
+        reached = _note_reached_by_gradients(copied)
+        seen = watch_itself(copied, lambda model: run(_WithGradients(model)))
     names: dict[int, list[tuple[nn.Module, str, str]]] = {}  # of each parameter
     for name in seen.macs:
         owner, key = owner_of(copied, name)
@@ -87,23 +87,18 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> ModelMacs:
     return ModelMacs(layers, Macs(left, 2 * left, 0))
 
 
-def _reached_by_gradients(model: nn.Module, run: Callable[[nn.Module], Any]) -> set[str]:
-    """Name the modules whose input depends on something that is trained."""
+def _note_reached_by_gradients(model: nn.Module) -> set[str]:
+    """Give a set that will hold the modules whose input depends on something trained, once the model has run."""
     reached: set[str] = set()
 
     def note(path: str, given: Any) -> None:
         if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(given)):
             reached.add(path)
 
-    hooks = [
+    for path, module in model.named_modules():
         module.register_forward_pre_hook(
             lambda _module, args, kwargs, path=path: note(path, (args, kwargs)), with_kwargs=True
         )
-        for path, module in model.named_modules()
-    ]
-    run(_WithGradients(model))
-    for hook in hooks:
-        hook.remove()
     return reached
 
 

@@ -21,7 +21,7 @@ _ASP_EPOCHS = (100, 100, 120)
 
 
 def _at_density_of_masks(name: str, pattern: Pattern) -> float:
-    return plan_cost(_ONE_LAYER, {"": (make_method(name, {}), pattern)}, 20_000).ratio
+    return plan_cost(_ONE_LAYER, {"": (make_method(name, {}), pattern)}).ratio
 
 
 def _asp(pattern: Pattern) -> float:

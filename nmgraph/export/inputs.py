@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nmgraph.errors import ExportError, first_line
 from nmgraph.layers.kinds import is_layer
 from nmgraph.passes.manifest import Manifest
 from nmgraph.passes.structure import copy_structure, share_parameters
+from nmgraph.passes.watch import fake_copy
 
 DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64,
@@ -157,7 +159,7 @@ def find_inputs(model: nn.Module, manifest: Manifest | None, dtype: torch.dtype 
     for candidate in _candidates(model, manifest):
         inputs = candidate.on_cpu(dtype)
         try:
-            inputs.call(copy_structure(model, share_parameters))
+            _try(inputs, model)
         except ExportError as error:
             tried.append(str(error))
         else:
@@ -172,6 +174,14 @@ def inputs_of(manifest: Manifest) -> Inputs:
     """Make up inputs of the shapes that a model was converted with."""
     made = [(name, make_up(shape, dtype)) for shape, dtype, name in manifest.inputs]
     return Inputs(tuple(t for name, t in made if not name), {n: t for n, t in made if n}, "as at conversion")
+
+
+def _try(inputs: Inputs, model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+            inputs.call(fake_copy(model, fakes))
+    else:
+        inputs.call(copy_structure(model, share_parameters))
 
 
 def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]:

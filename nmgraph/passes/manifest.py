@@ -108,6 +108,15 @@ class Manifest:
         total = sum(e.macs or 0 for e in self.entries)
         return sum(e.macs or 0 for e in self.converted) / total if total else None
 
+    @property
+    def not_followed(self) -> str | None:
+        """Say, for below a table, what could not be followed; None if everything was."""
+        if not self.untraced:
+            return None
+        shown = [f"{name} ({why})" for name, why in list(self.untraced.items())[:4]]
+        shown += [f"{len(self.untraced) - 4} more"] * (len(self.untraced) > 4)
+        return escape("Not followed: " + "; ".join(shown))
+
     def seen_from(self, path: str) -> Manifest:
         """Give the manifest of a module at ``path`` with the names that its owner uses; its inputs are not the owner's."""
         if not path:
@@ -163,11 +172,7 @@ class Manifest:
             ]
             pattern = entry.pattern if entry.converted else "-"
             table.add_row(escape(entry.name) or "(root)", entry.kind, shape, *parts, pattern, decision)
-        if self.untraced:
-            shown = [f"{name} ({why})" for name, why in list(self.untraced.items())[:4]]
-            shown += [f"{len(self.untraced) - 4} more"] * (len(self.untraced) > 4)
-            table.caption = escape("Not followed: " + "; ".join(shown))
-            table.caption_justify = "left"
+        table.caption, table.caption_justify = self.not_followed, "left"
         return table
 
 

@@ -51,8 +51,8 @@ def watch(model: nn.Module, run: Callable[[nn.Module], Any]) -> Watched:
     """
     if any(p.is_meta for p in model.parameters()):
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-            return _watch(fake_copy(model, fakes).eval(), run)
-    return _watch(copy_structure(model, share_parameters).eval(), run)
+            return watch_itself(fake_copy(model, fakes).eval(), run)
+    return watch_itself(copy_structure(model, share_parameters).eval(), run)
 
 
 def fake_copy(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
@@ -68,7 +68,8 @@ def fake_copy(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
     return copy_structure(model, fake)
 
 
-def _watch(watched: nn.Module, run: Callable[[nn.Module], Any]) -> Watched:
+def watch_itself(watched: nn.Module, run: Callable[[nn.Module], Any]) -> Watched:
+    """Run a model that is a copy already, and watch it."""
     found = Watched()
     for name, module in watched.named_modules():
         module.register_forward_pre_hook(lambda _module, _args, name=name: found.calls.update([name]))
