@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import nmgraph
+from nmgraph.api import find_findings, write_report
 from nmgraph.checkpoint.dense_file import default_output, read_dense
 from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.console import FAILED, FINE, answer, answering, progress_bar
@@ -278,9 +279,9 @@ def report(
         _require_no_directory(converted)
         out = output or _beside(converted, "-report.html")
         require_writable(out, overwrite=overwrite)
-        found = api.find_findings(converted, log, export, factory, trust)
+        found = find_findings(converted, log, export, factory, trust)
         progress("drawing")
-        api.write_report(found, out, overwrite=overwrite)
+        write_report(found, out, overwrite=overwrite)
         answer(json, {"output": str(out), **found.summary()}, found.verdict[0], f"Wrote {out}. Open it in a browser.")
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -27,8 +26,7 @@ def share_parameters(tensor: Tensor) -> Tensor:
 
 def duplicate(tensor: Tensor) -> Tensor:
     """Copy the tensor; one that is part of a graph of autograd is cut from it, as no copy of it can be a part."""
-    plain = tensor.is_leaf and not isinstance(tensor, FakeTensor)  # deepcopy asks where the values lie
-    return copy.deepcopy(tensor) if plain else tensor.detach().clone()
+    return copy.deepcopy(tensor) if tensor.is_leaf else tensor.detach().clone()
 
 
 def copy_structure(model: nn.Module, become: Callable[[Tensor], Tensor]) -> nn.Module:
