@@ -1,6 +1,7 @@
 # make demo    convert, train, export and verify a real network on real images; under two minutes after the install
 # make test    the test suite
 # make lint    ruff, mypy
+# make browser   Debian's Chromium, in which the tests look at reports
 # make bench   the slow tests and the benchmarks
 # make bindings   fetch TensorRT's Python bindings (5 MB, no libraries), which one slow test looks at
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench bindings
+.PHONY: demo test lint browser bench bindings
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -21,6 +22,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then sudo=; else sudo="sudo -n"; fi; \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -qq -y --no-install-recommends chromium chromium-driver; \
+	} || { echo "Install chromium and chromium-driver: the tests look at reports in them." >&2; exit 1; }
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
