@@ -117,7 +117,7 @@ def test_log_or_export_of_another_model_is_refused(run, tmp_path):
     other = nmgraph.convert(mlp(), method="lbc")
     with pytest.raises(FileError, match=r"run\.jsonl is the log of another model: of 0, the log does not have it\."):
         nmgraph.report(other, tmp_path / "report.html", log=log)
-    with pytest.raises(FileError, match="net-export is the export of another model: 2 is not the same in both."):
+    with pytest.raises(FileError, match=r"net-export is the export of another model: 2 is not the same in both\."):
         nmgraph.report(other, tmp_path / "report.html", export=export)
     assert not (tmp_path / "report.html").exists()
 
@@ -195,7 +195,7 @@ def test_log_with_a_line_that_is_none_is_refused_by_its_number(run, tmp_path, li
 def test_report_is_of_a_converted_model(run, tmp_path):
     with pytest.raises(ConversionError, match="Sequential is not a converted model"):
         nmgraph.report(mlp(), tmp_path / "report.html")
-    with pytest.raises(FileError, match="model.safetensors is what an export wrote; a report is about the converted"):
+    with pytest.raises(FileError, match=r"model\.safetensors is what an export wrote; a report is about the converted"):
         nmgraph.report(run[2] / "model.safetensors", tmp_path / "report.html")
 
 
