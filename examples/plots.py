@@ -108,7 +108,7 @@ def draw_mask(path: Path, layer: str, log: RunLog, steps_per_epoch: int) -> None
                 axes.set_ylabel("output channel")
         figure.text(
             left / full_width, 1 - 70 / full_height, fontsize=11, fontweight="bold",
-            s=f"Mask of {layer} at the centre of its 3x3 kernel: of each block of {BLOCK} input channels, LBC leaves 2",
+            s=f"Mask of {layer}, centre of the kernel: of each {BLOCK} input channels, LBC leaves 2",
         )  # fmt: skip
         meanings = {"kept": BLUE, "removed since the picture to the left": ORANGE, "removed earlier": GRAY}
         figure.legend(handles=[Patch(color=c, label=name) for name, c in meanings.items()], loc="lower center", ncols=3)

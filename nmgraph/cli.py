@@ -47,6 +47,7 @@ from nmgraph.options import (
     TrustOption,
 )
 from nmgraph.passes.permutation_report import PermutationReport
+from nmgraph.training.standing import standing_of
 
 _EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES, _INSPECT_STAGES, _REPORT_STAGES = 6, 3, 2, 3, 1
 
@@ -179,33 +180,10 @@ def status(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show how far a converted model's training has come, layer by layer."""
+    """Show where a converted model's training stands: steps, phase, every layer's mask, what is unfinished."""
     with answering(json, debug):
-        model = nmgraph.load(converted, model=factory, trust=trust)
-        rows = []
-        for name, weight in masked_weights(model).items():
-            step, total = weight.clock.tolist()
-            rows.append(
-                {
-                    "site": name,
-                    "method": weight.told.method.name,
-                    "pattern": str(weight.told.pattern),
-                    "step": step,
-                    "total_steps": total,
-                    "kept": float(weight.mask().float().mean()),
-                    "unfinished": weight.unfinished() or "",
-                }
-            )
-        table = Table(title=escape(str(converted)), title_justify="left", header_style="bold")
-        for column in ("site", "method", "pattern", "step", "kept", "N:M"):
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            reached = f"[yellow]{row['unfinished']}" if row["unfinished"] else "[green]holds"
-            steps = f"{row['step']:,} of {row['total_steps']:,}" if row["total_steps"] else "not attached yet"
-            table.add_row(
-                escape(row["site"]) or "(root)", row["method"], row["pattern"], steps, f"{row['kept']:.1%}", reached
-            )
-        answer(json, {"layers": rows}, table)
+        found = standing_of(nmgraph.load(converted, model=factory, trust=trust))
+        answer(json, found.to_dict(), found)
 
 
 @app.command()

@@ -214,7 +214,10 @@ def test_status_of_a_new_conversion(dense):
         "pattern": "2:4",
         "step": 0,
         "total_steps": 0,
+        "phase": "training has not begun",
         "kept": 1.0,
+        "magnitude": 1.0,
+        "gauges": {"live_combinations": 6.0},
         "unfinished": "64 of 64 blocks still keep more than 2 of 4",
     }
     assert "not attached yet" in call("status", dense.with_name("net.nm.pt")).stdout

@@ -8,7 +8,10 @@ from nmgraph.cli import app
 
 COMMANDS = {
     "methods": ["--json", "--debug"],
-    "inspect": ["MODEL", "--model", "--trust", "--method", "--pattern", "--input", "--json", "--debug"],
+    "inspect": [
+        "MODEL", "--model", "--trust", "--method", "--pattern", "--set", "--skip", "--include", "--layer", "--keep-dense",
+        "--block-axis", "--preset", "--input", "--json", "--debug",
+    ],
     "convert": [
         "MODEL", "--method", "--pattern", "--set", "--skip", "--include", "--layer", "--keep-dense", "--block-axis", "--preset",
         "--permute-channels", "--model", "--trust", "--input", "-o --output", "--overwrite", "--json", "--debug",

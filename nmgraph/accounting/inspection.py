@@ -169,15 +169,17 @@ def inspect_plan(plan: Plan, macs: ModelMacs | None, inputs: str) -> Inspection:
     return Inspection(
         manifest,
         {d.site.name: share for d in chosen if (share := _kept(d)) is not None},
-        {
-            d.site.name: expected_win(d.site.shape, d.site.groups, d.recipe.pattern, d.recipe.reduction_axis)
-            for d in chosen
-        },
+        {d.site.name: _win(d) for d in chosen},
         ends.inference if ends else None,
         ends.inference_on_24 if ends else None,
         tuple(_total(name, plan, chosen, macs) for name in METHODS),
         inputs,
     )
+
+
+def _win(decision: Decision) -> str:
+    site, recipe = decision.site, decision.recipe
+    return expected_win(site.shape, getattr(site.module, "groups", 1), recipe.pattern, recipe.reduction_axis)
 
 
 def expected_win(shape: tuple[int, ...], groups: int, pattern: Pattern, axis: Any) -> str:

@@ -211,7 +211,12 @@ class Findings:
 
     def summary(self) -> dict[str, Any]:
         """Give plain values: what stands on top of the page."""
-        last = self.log.records[-1] if self.log and self.log.records else None
+        noted = {
+            name: {"step": record.step, "value": value}
+            for record in (self.log.records if self.log else ())
+            for name, value in record.metrics.items()
+            if value is not None
+        }
         return {
             "model": self.model,
             "method": self.manifest.method,
@@ -236,7 +241,7 @@ class Findings:
                 name: sum(getattr(layer, f"{name}_bytes") for layer in self.converted)
                 for name in ("weight", "compressed", "state")
             },
-            "last_record": None if last is None else {"step": last.step, "metrics": dict(last.metrics)},
+            "last_noted": noted,
             "export": None if self.export is None else asdict(self.export),
             "missing": [what for what, _ in self.missing],
             "doubts": list(self.doubts),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ _log = logging.getLogger("nmgraph")
 
 Sink = Callable[[Run | Record | Picture], None]
 _RECORDS, _PICTURES, _SIDE = 200, 8, 64
+_WRAPPERS = {"module", "_orig_mod"}
 _SELDOM = 50  # steps between two records, at least, unless it is said otherwise
 
 
@@ -49,14 +50,14 @@ class Telemetry:
             raise TrainingError(f"every={every!r} must be the number of steps between two records: 1 or more.")
         self.every = every or max(_SELDOM, controller.total_steps // _RECORDS)
         self._controller, self._sinks = controller, list(sinks)
-        self._weights = controller.weights
+        self._weights = {_name(name, weight): weight for name, weight in controller.weights.items()}
         # Gathering a sharded weight takes all processes; one of them writes.
         self._gathers = any(is_sharded(weight.raw) for weight in self._weights.values())
         self._writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._noted: dict[str, tuple[Any, int]] = {}
         self._before: dict[str, Tensor] = {}
         self._begun, self._step = time.monotonic(), -1
-        self._entry(_beginning(controller, self.every))
+        self._entry(_beginning(controller, self._weights, self.every))
         self._look(controller.step)
         self._handle = controller.observe(self._after_step)
 
@@ -137,7 +138,13 @@ class Telemetry:
                 self._sinks.remove(sink)
 
 
-def _beginning(controller: Controller, every: int) -> Run:
+def _name(name: str, weight: MaskedWeight) -> str:
+    """Name a weight as the model does that a wrapper - DDP, torch.compile - may be around."""
+    around = name.removesuffix(weight.site).rstrip(".")
+    return weight.site if set(around.split(".")) <= _WRAPPERS else name
+
+
+def _beginning(controller: Controller, weights: Mapping[str, MaskedWeight], every: int) -> Run:
     from importlib.metadata import version
 
     layers = {
@@ -148,7 +155,7 @@ def _beginning(controller: Controller, every: int) -> Run:
             "shape": list(weight.raw.shape),
             "axis": weight.told.reduction_axis,
         }
-        for name, weight in controller.weights.items()
+        for name, weight in weights.items()
     }
     versions = {"nmgraph": version("nmgraph"), "torch": str(torch.__version__)}
     return Run(controller.step, controller.total_steps, every, layers, versions)
@@ -197,4 +204,4 @@ def find_sink(given: Any) -> Sink:
         return make(Path(given))
     if callable(given):
         return given  # type: ignore[no-any-return]
-    raise TrainingError(f"records go to a file's name or to something callable, not to a {type(given).__name__}.")
+    raise TrainingError(f"records go to a file's name or to something callable, not to {given!r}.")

@@ -91,7 +91,7 @@ def test_numbers_are_those_of_the_model_and_its_log(run):
     assert wide["6"].kept == 0.5
     assert wide["2"].kept_macs == wide["2"].entry.macs / 2 == 16 * 32 * 9 * 64 / 2
     summary = found.summary()
-    assert summary["last_record"]["step"] == summary["step"] == 12
+    assert summary["last_noted"]["loss"]["step"] == summary["step"] == 12
     assert 0 < summary["training_macs"]["over_dense"] < 1
     assert json.loads(json.dumps(summary)) == summary
 
