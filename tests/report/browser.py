@@ -39,9 +39,9 @@ def opened(profile):
         driver.quit()
 
 
-def look(driver, *, width=1400, scheme="light"):
-    """Give the window a width in CSS pixels, and a colour scheme."""
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+def look(driver, *, width=1400, height=900, scheme="light"):
+    """Give the window a size in CSS pixels, and a colour scheme."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
     features = [{"name": name, "value": value} for name, value in wanted.items()]
