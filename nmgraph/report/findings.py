@@ -202,7 +202,7 @@ class Findings:
             return f"Training has not finished: {done}; {count}.", "open"
         if not self.verification.holds:
             return f"The weights do not hold: {self.verification}.", "bad"
-        holds = f"N:M holds in all {len(self.converted)} converted layers"
+        holds = f"N:M holds in {len(self.converted)} of {len(self.converted)} converted layers"
         if self.export is None:
             return f"{holds}. Nothing exported is shown here yet.", "open"
         if not self.export.holds:

@@ -154,7 +154,14 @@ class RunLog:
                 run = entry
                 records = [r for r in records if r.step <= run.step and run.step > 0]
                 pictures = [p for p in pictures if p.step <= run.step and run.step > 0]
-            elif isinstance(entry, Record):
+                continue
+            former: Sequence[Record | Picture] = records if isinstance(entry, Record) else pictures
+            if former and former[-1].step > entry.step:
+                raise FileError(
+                    f"{path}: a {type(entry).__name__.lower()} of step {entry.step} comes after one of step {former[-1].step}. "
+                    "Two runs wrote into one log; give each its own."
+                )
+            if isinstance(entry, Record):
                 records.append(entry)
             else:
                 pictures.append(entry)

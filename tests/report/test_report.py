@@ -38,7 +38,7 @@ def test_report_of_a_finished_model_shows_what_holds(run, tmp_path):
     model, log, export = run
     page = nmgraph.report(model, tmp_path / "report.html", log=log, export=export)
     said = words(page)
-    assert "N:M holds in all 2 converted layers, and every check of the export holds." in said
+    assert "N:M holds in 2 of 2 converted layers, and every check of the export holds." in said
     assert "export: ONNX Runtime holds largest relative error" in said
     assert "model.safetensors" in said
     assert "lbc 2:4 (" in said
@@ -75,7 +75,7 @@ def test_report_of_a_finalized_model_needs_no_masks(run, tmp_path):
     model, log, export = run
     finished = nmgraph.finalize(nmgraph.load(model))
     alone = words(nmgraph.report(finished, tmp_path / "alone.html"))
-    assert "N:M holds in all 2 converted layers" in alone
+    assert "N:M holds in 2 of 2 converted layers" in alone
     assert "There are no pictures" in alone
     assert "<img alt=" not in alone
     assert "Mask of 6" in nmgraph.report(finished, tmp_path / "with.html", log=log, export=export).read_text()
@@ -192,6 +192,25 @@ def test_log_with_a_line_that_is_none_is_refused_by_its_number(run, tmp_path, li
         gather(nmgraph.load(run[0]), log=broken)
 
 
+def test_log_of_a_run_that_stopped_and_went_on_at_once_has_a_cost(tmp_path):
+    model, log = trained(tmp_path, until=5)
+    _, *later = log.read_text().splitlines()
+    beginning = json.loads(log.read_text().splitlines()[0])
+    stopped = json.dumps({**beginning, "step": 5})
+    last = [line for line in later if json.loads(line)["kind"] == "record"][-1]
+    (tmp_path / "resumed.jsonl").write_text("\n".join([stopped, last, stopped, last, ""]))
+    found = gather(model, log=tmp_path / "resumed.jsonl")
+    assert found.summary()["training_macs"]["over_dense"] <= 1
+
+
+def test_log_that_two_runs_wrote_is_refused(run, tmp_path):
+    lines = run[1].read_text().splitlines()
+    records = [line for line in lines if json.loads(line)["kind"] == "record"]
+    (tmp_path / "two.jsonl").write_text("\n".join([lines[0], records[5], records[3], ""]))
+    with pytest.raises(FileError, match=r"two\.jsonl: a record of step 3 comes after one of step 5\. Two runs wrote"):
+        gather(nmgraph.load(run[0]), log=tmp_path / "two.jsonl")
+
+
 def test_report_is_of_a_converted_model(run, tmp_path):
     with pytest.raises(ConversionError, match="Sequential is not a converted model"):
         nmgraph.report(mlp(), tmp_path / "report.html")
@@ -225,7 +244,7 @@ def test_command_writes_beside_the_model_and_keeps_what_is_there(run):
     found = answer("report", model, "--log", log, "--export", export)
     page = model.with_name("net-report.html")
     assert found["output"] == str(page)
-    assert found["verdict"] == "N:M holds in all 2 converted layers, and every check of the export holds."
+    assert found["verdict"] == "N:M holds in 2 of 2 converted layers, and every check of the export holds."
     assert page.read_text().startswith("<!doctype html>")
     again = call("report", model)
     assert (again.exit_code, again.stdout) == (2, "")
