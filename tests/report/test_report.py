@@ -62,6 +62,8 @@ def test_report_without_anything_says_what_is_missing_and_how_to_get_it(tmp_path
     assert "Training has not finished: not attached yet; 2 of 2 layers are not N:M yet." in said
     for remedy in ("--log run.jsonl", "nmgraph export MODEL.nm.pt", "Train to the end", "--input 1x3x224x224"):
         assert remedy in said
+    assert "kept MACs" not in said
+    assert "Magnitude is" not in said
 
 
 def test_report_amid_training_says_where_it_stands(tmp_path):
