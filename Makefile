@@ -1,15 +1,19 @@
 # make demo    convert, train, export and verify a real network on real images; under two minutes after the install
 # make test    the test suite
 # make lint    ruff, mypy
+# make docs    the documentation as a site, in site/; fails where a page shows what commands no longer print
+# make outputs   runs the commands in the pages, and the notebook, and pastes what they print
 # make browser   Debian's Chromium, in which the tests look at reports
 # make bench   the slow tests and the benchmarks
 # make bindings   fetch TensorRT's Python bindings (5 MB, no libraries), which one slow test looks at
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COG := OMP_NUM_THREADS=1 $(BIN)/cog --verbosity=0 -I docs -p "import outputs"
+PAGES = $(shell grep --recursive --files-with-matches --fixed-strings --include=*.md "[[[cog" README.md docs)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint browser bench bindings
+.PHONY: demo test lint docs outputs browser bench bindings
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -22,6 +26,15 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The warning is about the future of mkdocs itself.
+docs: $(INSTALLED)
+	$(COG) --check --diff --check-fail-msg="A page shows what commands no longer print: make outputs" $(PAGES)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+
+outputs: $(INSTALLED)
+	$(COG) -r $(PAGES)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/notebook.py
 
 browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
@@ -49,6 +62,6 @@ bindings: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,test,lint]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,test,lint,docs]" --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision timm transformers tokenizers accelerate lightning lightning-utilities torchmetrics --constraint constraints.txt
 	@touch $@

@@ -125,7 +125,7 @@ def convert(
     Raises:
         NMGraphError: a subclass naming the layer, the value and the remedy.
 
-    Example:
+    Examples:
         >>> import torch, nmgraph
         >>> net = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> print(nmgraph.manifest(nmgraph.convert(net, method="lbc")))
@@ -277,17 +277,18 @@ def inspect(
 ) -> Inspection:
     """Show what ``convert`` would make of every layer, what that gains and what each method costs; change nothing.
 
+    What is not said below is as for ``convert``.
+
     Args:
         model: dense; on the meta device, too.
-        example_inputs: as for :func:`convert`; by default the usual ones for the model's first layer, if it takes them.
+        example_inputs: as for ``convert``; by default the usual ones for the model's first layer, if it takes them.
             Operations are counted for these; without any they are not.
-        method, pattern, skip, include, layers, keep_dense, block_axis, preset, **method_options: as for :func:`convert`.
         progress: called with what begins.
 
     Raises:
         NMGraphError: what ``convert`` would raise.
 
-    Example:
+    Examples:
         >>> import torch, nmgraph
         >>> found = nmgraph.inspect(torch.nn.Linear(64, 512), method="bimask", example_inputs=torch.ones(1, 64))
         >>> found.inference, found.likely
@@ -343,7 +344,7 @@ def record(controller: Controller, *sinks: Any, every: int | None = None) -> Tel
     Args:
         controller: what ``attach`` gave; records are made after steps of its optimizer, without a further call.
         *sinks: names of files, ``.jsonl`` (what ``nmgraph report`` reads) or ``.csv``, which are appended to; a
-            :class:`~nmgraph.training.sinks.TensorBoard`; or anything that is called with each entry.
+            ``nmgraph.training.sinks.TensorBoard``; or anything that is called with each entry.
         every: steps between two records; by default 200 records a run, and no more often than every 50 steps.
 
     Returns:
@@ -352,7 +353,7 @@ def record(controller: Controller, *sinks: Any, every: int | None = None) -> Tel
     Raises:
         NMGraphError: if ``every`` or a sink cannot be used.
 
-    Example:
+    Examples:
         >>> import torch, nmgraph
         >>> net = nmgraph.convert(torch.nn.Linear(16, 8), method="srste")
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -416,7 +417,7 @@ def verify(
     Args:
         model_or_path: a module, a ``.pt``, ``.nm.pt``, ``.safetensors`` or ``.onnx`` file, or a Hugging Face directory.
         pattern: to check against; by default each site's own as recorded, or 2:4 for all weights it fits.
-        model: for a file that does not hold its module: the dense model, or what makes it, as for :func:`load`.
+        model: for a file that does not hold its module: the dense model, or what makes it, as for ``load``.
         trust: packages whose pickled classes may be loaded, besides the usual.
 
     Raises:

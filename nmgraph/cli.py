@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -16,10 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import nmgraph
+from nmgraph import manual, suggestions
 from nmgraph.api import find_findings, write_report
 from nmgraph.checkpoint.dense_file import default_output, read_dense
 from nmgraph.checkpoint.named_models import NamedModel
-from nmgraph.console import FAILED, FINE, answer, answering, progress_bar
+from nmgraph.console import FAILED, FINE, Answer, Commands, answering, progress_bar, typed
 from nmgraph.errors import ConversionError, FileError, MethodError
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
@@ -27,6 +27,10 @@ from nmgraph.layers.masked import masked_weights
 from nmgraph.methods import METHODS, find_preset
 from nmgraph.methods.contract import Preset
 from nmgraph.options import (
+    MODEL,
+    OUTPUT,
+    SPARSITY,
+    TENSORRT,
     BlockAxisOption,
     ConvertedArgument,
     DebugOption,
@@ -42,23 +46,42 @@ from nmgraph.options import (
     OverwriteOption,
     PatternOption,
     PresetOption,
+    QuietOption,
     SetOption,
     SkipOption,
     TrustOption,
+    flag,
+    option,
 )
 from nmgraph.passes.permutation_report import PermutationReport
 from nmgraph.training.standing import standing_of
 
-_EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES, _INSPECT_STAGES, _REPORT_STAGES = 6, 3, 2, 3, 1
+_EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES, _INSPECT_STAGES, _REPORT_STAGES = 6, 3, 3, 3, 1
 
 app = typer.Typer(
     name="nmgraph",
-    help="Train any PyTorch model under N:M sparsity, and export it proved.",
+    cls=Commands,
+    help=manual.SUMMARY,
+    epilog=manual.GUIDES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nmgraph {nmgraph.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _nmgraph(
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass  # the callback holds the options before a command
 
 
 def main() -> None:
@@ -66,13 +89,13 @@ def main() -> None:
     sys.path.append(os.getcwd())
     # torch's own, when the graph of an exported program is copied.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
-    app()
+    app(prog_name="nmgraph")
 
 
-@app.command()
-def methods(json: JsonOption = False, debug: DebugOption = False) -> None:
+@app.command(epilog=manual.METHODS)
+def methods(quiet: QuietOption = False, json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the training methods, with their options and costs."""
-    with answering(json, debug):
+    with answering(json, quiet, debug) as give:
         rows = [_describe(cls) for cls in METHODS.values()]
         table = Table(header_style="bold", show_lines=True)
         table.add_column("method", no_wrap=True)
@@ -86,10 +109,10 @@ def methods(json: JsonOption = False, debug: DebugOption = False) -> None:
             lines += [f"[dim]--set[/] {escape('  '.join(options)) or '(no options)'}"]
             lines += [f"[dim]--preset[/] {'|'.join(row['presets'])}"]
             table.add_row(row["name"], "\n".join(lines))
-        answer(json, rows, table)
+        give(Answer(rows, table, "\n".join(METHODS)))
 
 
-@app.command()
+@app.command(epilog=manual.INSPECT)
 def inspect(
     model: ModelArgument,
     factory: FactoryOption = None,
@@ -104,11 +127,12 @@ def inspect(
     block_axis: BlockAxisOption = None,
     preset: PresetOption = None,
     input: InputOption = [],  # noqa: B006
+    quiet: QuietOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what `convert` would make of every layer, what that gains and what methods cost, and change nothing."""
-    with answering(json, debug), progress_bar(json, _INSPECT_STAGES) as progress:
+    with answering(json, quiet, debug) as give, progress_bar(json or quiet, _INSPECT_STAGES) as progress:
         options = _options(method, set)
         dense = read_dense(model, factory=factory, trust=trust)
         found = nmgraph.inspect(
@@ -116,10 +140,10 @@ def inspect(
             keep_dense=_ends(keep_dense), block_axis=block_axis, preset=preset, example_inputs=_inputs(input),
             progress=progress, **options,
         )  # fmt: skip
-        answer(json, found.to_dict() | {"notes": dense.notes}, found, "\n".join(dense.notes))
+        give(Answer(found.to_dict() | {"notes": dense.notes}, found, str(found), "\n".join(dense.notes)))
 
 
-@app.command()
+@app.command(epilog=manual.CONVERT)
 def convert(
     model: ModelArgument,
     method: MethodOption = "lbc",
@@ -132,18 +156,22 @@ def convert(
     block_axis: BlockAxisOption = None,
     preset: PresetOption = None,
     permute_channels: Annotated[
-        bool, typer.Option("--permute-channels", help="First order channels so that the masks keep more.")
+        bool, flag("--permute-channels", panel=SPARSITY, help="First order channels so that the masks keep more.")
     ] = False,
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006
     input: InputOption = [],  # noqa: B006
     output: OutOption = None,
     overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Make a model's layers sparse-trainable, and write it beside the model as .nm.pt."""
-    with answering(json, debug), progress_bar(json, _CONVERT_STAGES + permute_channels) as progress:
+    with (
+        answering(json, quiet, debug) as give,
+        progress_bar(json or quiet, _CONVERT_STAGES + permute_channels) as progress,
+    ):
         out = output or default_output(model)
         require_writable(out, overwrite=overwrite)
         if out.exists() and model.exists() and out.samefile(model):
@@ -156,12 +184,13 @@ def convert(
             block_axis=block_axis, preset=preset, permute_channels=permute_channels,
             progress=progress, **options,
         )  # fmt: skip
+        progress("saving")
         nmgraph.save(converted, out, factory=dense.factory)
         found = nmgraph.manifest(converted)
         named = dense.factory and not NamedModel.names(dense.factory)  # a library's own model is made again unasked
         again = ["nmgraph", "export", str(out), *(["--model", str(dense.factory)] if named else [])]
         again += [word for package in trust for word in ("--trust", package)]
-        note = "\n".join([*dense.notes, f"Wrote {out}. Train it, then: {shlex.join(again)}"])
+        note = "\n".join([*dense.notes, f"Wrote {out}. Train it, then: {typed(again)}"])
         told = next(iter(masked_weights(converted).values())).told
         settings: dict[str, Any] = {"options": told.method.options()}
         if preset:
@@ -169,45 +198,60 @@ def convert(
             settings["preset"] = {"name": preset, **dataclasses.asdict(published)}
             note = f"{_explain(preset, published, told.method.options(), keep_dense, block_axis)}\n{note}"
         shown = Group(found, PermutationReport(found.channel_order)) if permute_channels else found
-        answer(json, {"output": str(out), **settings, **found.to_dict(), "notes": dense.notes}, shown, note)
+        give(Answer({"output": str(out), **settings, **found.to_dict(), "notes": dense.notes}, shown, str(out), note))
 
 
-@app.command()
+@app.command(epilog=manual.STATUS)
 def status(
     converted: ConvertedArgument,
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006
+    quiet: QuietOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show where a converted model's training stands: steps, phase, every layer's mask, what is unfinished."""
-    with answering(json, debug):
-        found = standing_of(nmgraph.load(converted, model=factory, trust=trust))
-        answer(json, found.to_dict(), found)
+    with answering(json, quiet, debug) as give, progress_bar(json or quiet, 1) as progress:
+        model = nmgraph.load(converted, model=factory, trust=trust)
+        progress("counting what is kept")
+        found = standing_of(model)
+        give(Answer(found.to_dict(), Group(escape(str(converted)), found), str(found)))
 
 
-@app.command()
+@app.command(epilog=manual.EXPORT)
 def export(
     converted: ConvertedArgument,
-    trt: Annotated[bool, typer.Option("--trt", help="Build a TensorRT engine, and a dense one to compare.")] = False,
-    no_compare: Annotated[bool, typer.Option("--no-compare", help="With --trt: build no dense engine.")] = False,
+    trt: Annotated[
+        bool, flag("--trt", panel=TENSORRT, help="Build a TensorRT engine, and a dense one to compare.")
+    ] = False,
+    no_compare: Annotated[
+        bool, flag("--no-compare", panel=TENSORRT, help="With --trt: build no dense engine.")
+    ] = False,
     trt_command: Annotated[
-        bool, typer.Option("--trt-command", help="Print the trtexec line for another machine.")
+        bool, flag("--trt-command", panel=TENSORRT, help="Print the trtexec line for another machine.")
     ] = False,
     project: Annotated[
-        str | None, typer.Option("--project", metavar="2:4", help="Prune sparse layers further that are not 2:4.")
+        str | None,
+        option("--project", panel=SPARSITY, metavar="2:4", help="Prune sparse layers further that are not 2:4."),
     ] = None,
-    no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Write no ONNX file.")] = False,
-    safetensors: Annotated[bool, typer.Option("--safetensors", help="Write the weights, compressed.")] = False,
-    hf: Annotated[bool, typer.Option("--hf", help="Write a Hugging Face model's directory, hf/, too.")] = False,
+    no_onnx: Annotated[bool, flag("--no-onnx", panel=OUTPUT, help="Write no ONNX file.")] = False,
+    safetensors: Annotated[bool, flag("--safetensors", panel=OUTPUT, help="Write the weights, compressed.")] = False,
+    hf: Annotated[bool, flag("--hf", panel=OUTPUT, help="Write a Hugging Face model's directory, hf/, too.")] = False,
     precision: Annotated[
-        str, typer.Option("--precision", metavar="fp32|fp16|bf16", help="Of the written weights.")
+        str,
+        option(
+            "--precision",
+            panel=OUTPUT,
+            metavar="DTYPE",
+            help="Of the written weights: fp32, fp16 or bf16.",
+            suggest=suggestions.precisions,
+        ),
     ] = "fp32",
     dynamic_batch: Annotated[
-        bool, typer.Option("--dynamic-batch", help="Leave the batch size open in the ONNX file.")
+        bool, flag("--dynamic-batch", panel=OUTPUT, help="Leave the batch size open in the ONNX file.")
     ] = False,
     fold_batchnorm: Annotated[
-        bool, typer.Option("--fold-batchnorm", help="Fold batch norms into convolutions.")
+        bool, flag("--fold-batchnorm", panel=OUTPUT, help="Fold batch norms into convolutions.")
     ] = False,
     input: InputOption = [],  # noqa: B006
     factory: FactoryOption = None,
@@ -215,13 +259,17 @@ def export(
     output: OutOption = None,
     overwrite: OverwriteOption = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Prune what training has not finished, by what the method knows.")
+        bool, flag("--force", panel=SPARSITY, help="Prune what training has not finished, by what the method knows.")
     ] = False,
+    quiet: QuietOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Finalize a trained model, write it, and prove what was written."""
-    with answering(json, debug), progress_bar(json, _EXPORT_STAGES + _ENGINE_STAGES * trt) as progress:
+    with (
+        answering(json, quiet, debug) as give,
+        progress_bar(json or quiet, _EXPORT_STAGES + _ENGINE_STAGES * trt) as progress,
+    ):
         if trt:
             require_tensorrt()
         _require_no_directory(converted)
@@ -235,64 +283,81 @@ def export(
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
         note = f"To build the engine on another machine, in a copy of {out}:\n{report.trtexec}" if trt_command else ""
-        answer(json, report.to_dict(), report, note, code=FINE if report.holds else FAILED)
+        give(Answer(report.to_dict(), report, str(out), note, FINE if report.holds else FAILED))
 
 
-@app.command()
+@app.command(epilog=manual.REPORT)
 def report(
     converted: ConvertedArgument,
     log: Annotated[
-        Path | None, typer.Option("--log", metavar="RUN.JSONL", help="The training log, as nmgraph.record writes it.")
+        Path | None,
+        option("--log", panel=MODEL, metavar="RUN.JSONL", help="The training log, as nmgraph.record writes it."),
     ] = None,
-    export: Annotated[Path | None, typer.Option("--export", metavar="DIR", help="What `nmgraph export` wrote.")] = None,
+    export: Annotated[
+        Path | None, option("--export", panel=MODEL, metavar="DIR", help="What `nmgraph export` wrote.")
+    ] = None,
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006
     output: OutOption = None,
     overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write one HTML file about a model: its layers, training and masks, and what is proved."""
-    with answering(json, debug), progress_bar(json, _REPORT_STAGES) as progress:
+    with answering(json, quiet, debug) as give, progress_bar(json or quiet, _REPORT_STAGES) as progress:
         _require_no_directory(converted)
         out = output or _beside(converted, "-report.html")
         require_writable(out, overwrite=overwrite)
         found = find_findings(converted, log, export, factory, trust)
         progress("drawing")
         write_report(found, out, overwrite=overwrite)
-        answer(json, {"output": str(out), **found.summary()}, found.verdict[0], f"Wrote {out}. Open it in a browser.")
+        values = {"output": str(out), **found.summary()}
+        give(Answer(values, found.verdict[0], str(out), f"Wrote {out}. Open it in a browser."))
 
 
-@app.command()
+@app.command(epilog=manual.VERIFY)
 def verify(
     file: Annotated[
         Path,
         typer.Argument(metavar="FILE", help="A .pt, .nm.pt, .safetensors or .onnx file, or a Hugging Face directory."),
     ],
-    pattern: Annotated[str | None, typer.Option("--pattern", metavar="N:M", help="Check against this pattern.")] = None,
+    pattern: Annotated[
+        str | None,
+        option(
+            "--pattern",
+            panel=SPARSITY,
+            metavar="N:M",
+            help="Check against this pattern.",
+            suggest=suggestions.patterns,
+        ),
+    ] = None,
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006
+    quiet: QuietOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Check that weights keep to their pattern; exit code 1 if one does not."""
-    with answering(json, debug):
+    with answering(json, quiet, debug) as give, progress_bar(json or quiet, 0) as progress:
+        progress("checking weights")
         found = nmgraph.verify(file, pattern, model=factory, trust=trust)
-        answer(json, found.to_dict(), found, code=FINE if found.holds else FAILED)
+        give(Answer(found.to_dict(), found, str(found), code=FINE if found.holds else FAILED))
 
 
-@app.command()
+@app.command(epilog=manual.BENCH)
 def bench(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="ONNX files, or engines (.plan); the first is the baseline.")
     ],
     input: InputOption = [],  # noqa: B006
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Calls of each file that count.")] = 30,
+    quiet: QuietOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Time ONNX files in ONNX Runtime, or engines in TensorRT, on this machine, side by side."""
-    with answering(json, debug), progress_bar(json, len(files)) as progress:
+    with answering(json, quiet, debug) as give, progress_bar(json or quiet, len(files)) as progress:
         from nmgraph.export.timing import time_files
 
         found = time_files(files, inputs=_inputs(input), rounds=rounds, progress=progress)
@@ -300,7 +365,8 @@ def bench(
             "ONNX Runtime multiplies zeros like other numbers: sparse files are not faster here, only on NVIDIA GPUs."
         )
         note = on_cpu if found.runner.startswith("ONNX") else ""
-        answer(json, found.to_dict(), found, note)
+        brief = "\n".join(f"{timing.median_ms:.2f} ms  {timing.file}" for timing in found.files)
+        give(Answer(found.to_dict(), found, brief, note))
 
 
 def _beside(converted: Path, ending: str) -> Path:

@@ -1,5 +1,6 @@
 """Say what went wrong, with which layer or file, and what to do about it.
 
+```text
 NMGraphError                 everything this package raises on purpose
 ├── PatternError             a pattern that cannot exist, or that fits nothing
 ├── MethodError              an unknown method or option, a value or pattern it does not support
@@ -10,6 +11,7 @@ NMGraphError                 everything this package raises on purpose
 │   └── UntrustedError       a file that names code outside the trusted packages
 ├── ExportError              a model that cannot be exported as asked
 └── MissingPackageError      a package that could not be imported
+```
 """
 
 

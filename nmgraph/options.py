@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from nmgraph import suggestions
+
+MODEL, SPARSITY, OUTPUT, TENSORRT, PRINTING = "Model", "Sparsity", "Output", "TensorRT", "Printing"
+"""The panels of --help."""
+
+
+def flag(*names: str, panel: str, help: str) -> Any:
+    """Make an option that takes no value."""
+    return typer.Option(*names, metavar="", rich_help_panel=panel, help=help)
+
+
+def option(*names: str, panel: str, metavar: str, help: str, suggest: Any = None) -> Any:
+    """Make an option that takes a value, with what a shell may complete it to."""
+    return typer.Option(*names, metavar=metavar, rich_help_panel=panel, help=help, autocompletion=suggest)
+
 
 ModelArgument = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
         help="A pickled module, a Hugging Face directory, timm:NAME, torchvision:NAME, or weights with --model.",
+        autocompletion=suggestions.models,
     ),
 ]
 ConvertedArgument = Annotated[
@@ -19,45 +36,104 @@ ConvertedArgument = Annotated[
 ]
 FactoryOption = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--model",
-        metavar="PKG.MOD:FACTORY",
-        help="What makes the dense model; also timm:NAME or torchvision:NAME, with ,KEY=VALUE for options.",
+        panel=MODEL,
+        metavar="MAKER",
+        help="What makes the dense model: package.module:function, timm:NAME or torchvision:NAME, with ,KEY=VALUE "
+        "for options.",
+        suggest=suggestions.models,
     ),
 ]
 TrustOption = Annotated[
-    list[str], typer.Option("--trust", metavar="PACKAGE", help="Import this package if the file names its classes.")
+    list[str],
+    option("--trust", panel=MODEL, metavar="PACKAGE", help="Import this package if the file names its classes."),
 ]
-MethodOption = Annotated[str, typer.Option("--method", help="Training method; see `nmgraph methods`.")]
+MethodOption = Annotated[
+    str,
+    option(
+        "--method",
+        panel=SPARSITY,
+        metavar="NAME",
+        help="Training method; see `nmgraph methods`.",
+        suggest=suggestions.methods,
+    ),
+]
 PatternOption = Annotated[
-    str, typer.Option("--pattern", metavar="N:M", help="Keep N of every M weights along the input channels.")
+    str,
+    option(
+        "--pattern",
+        panel=SPARSITY,
+        metavar="N:M",
+        help="Keep N of every M weights along the input channels.",
+        suggest=suggestions.patterns,
+    ),
 ]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the method.")]
-SkipOption = Annotated[list[str], typer.Option("--skip", metavar="GLOB", help="Leave these layers dense.")]
+SetOption = Annotated[
+    list[str],
+    option(
+        "--set",
+        panel=SPARSITY,
+        metavar="KEY=VALUE",
+        help="Set an option of the method.",
+        suggest=suggestions.settings,
+    ),
+]
+SkipOption = Annotated[list[str], option("--skip", panel=SPARSITY, metavar="GLOB", help="Leave these layers dense.")]
 IncludeOption = Annotated[
     list[str],
-    typer.Option("--include", metavar="GLOB", help="Convert these, too, if grouped, frozen or shared."),
+    option("--include", panel=SPARSITY, metavar="GLOB", help="Convert these, too, if grouped, frozen or shared."),
 ]
 LayerOption = Annotated[
     list[str],
-    typer.Option(
-        "--layer", metavar="GLOB=N:M", help="Give these layers a pattern of their own; the last that matches counts."
+    option(
+        "--layer",
+        panel=SPARSITY,
+        metavar="GLOB=N:M",
+        help="Give these layers a pattern of their own; the last that matches counts.",
     ),
 ]
 KeepDenseOption = Annotated[
-    str | None, typer.Option("--keep-dense", metavar="stem,head", help="Leave the layers at the model's ends dense.")
+    str | None,
+    option(
+        "--keep-dense",
+        panel=SPARSITY,
+        metavar="stem,head",
+        help="Leave the layers at the model's ends dense.",
+        suggest=suggestions.ends,
+    ),
 ]
 BlockAxisOption = Annotated[
     str | None,
-    typer.Option("--block-axis", metavar="channels|flat", help="Along what blocks of a convolution run."),
+    option(
+        "--block-axis",
+        panel=SPARSITY,
+        metavar="AXIS",
+        help="Along what blocks of a convolution run: channels or flat.",
+        suggest=suggestions.axes,
+    ),
 ]
 PresetOption = Annotated[
-    str | None, typer.Option("--preset", metavar="NAME", help="Published settings of the method: paper, code.")
+    str | None,
+    option(
+        "--preset",
+        panel=SPARSITY,
+        metavar="NAME",
+        help="Published settings of the method: paper, code.",
+        suggest=suggestions.presets,
+    ),
 ]
 InputOption = Annotated[
-    list[str], typer.Option("--input", metavar="[NAME=]1x3x224x224[:DTYPE]", help="Shape of an example input.")
+    list[str],
+    option(
+        "--input",
+        panel=MODEL,
+        metavar="SHAPE",
+        help=r"Shape of an example input: 1x3x224x224, or \[NAME=]SHAPE\[:DTYPE].",
+    ),
 ]
-OutOption = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+OutOption = Annotated[Path | None, option("-o", "--output", panel=OUTPUT, metavar="PATH", help="Where to write.")]
+OverwriteOption = Annotated[bool, flag("--overwrite", panel=OUTPUT, help="Replace an earlier output.")]
+QuietOption = Annotated[bool, flag("-q", "--quiet", panel=PRINTING, help="Print only what a script needs; see below.")]
+JsonOption = Annotated[bool, flag("--json", panel=PRINTING, help="Print JSON, errors too.")]
+DebugOption = Annotated[bool, flag("--debug", panel=PRINTING, help="Show the traceback of an error.")]

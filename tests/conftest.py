@@ -44,7 +44,7 @@ def run_command(tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "nmgraph", *map(str, arguments)],
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(SITE), "COLUMNS": "100", **environment},
+            env={**os.environ, "PYTHONPATH": f"{SITE}{os.pathsep}{SITE.parents[1]}", "COLUMNS": "100", **environment},
             capture_output=True,
             text=True,
             timeout=300,

@@ -1,5 +1,8 @@
 """What people may give as MODEL, through the command line."""
 
+import os
+from pathlib import PureWindowsPath
+
 import pytest
 import timm
 import torch
@@ -9,6 +12,13 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import nmgraph
+from nmgraph.checkpoint.dense_file import make_model
+from nmgraph.checkpoint.named_models import NamedModel
+from nmgraph.console import typed
+from nmgraph.errors import FileError
+from nmgraph.export.inputs import parse_inputs
+
+WINDOWS = PureWindowsPath("C:/models/net.pt")
 
 
 @pytest.fixture
@@ -106,3 +116,32 @@ def test_named_model_in_a_process_of_its_own(here, run_command):
     result = run_command("convert", "timm:resnet10t", "--method", "srste")
     assert (result.returncode, result.stderr) == (0, "")
     assert "was made with random weights; no file was read." in result.stdout
+
+
+def test_drive_letter_is_no_library_and_no_module(here):
+    """Here, such a path is a file name with a colon and backslashes in it."""
+    assert not NamedModel.names(str(WINDOWS))
+    assert not NamedModel.names(str(PureWindowsPath("T:/timm/resnet50.pt")))
+    torch.save(mlp(), "net.pt")
+    os.rename("net.pt", WINDOWS)
+    assert answer("convert", WINDOWS, "-o", "D:\\out.nm.pt", "--method", "srste")["output"] == "D:\\out.nm.pt"
+    assert answer("verify", "D:\\out.nm.pt")["holds"]
+    torch.save(mlp().state_dict(), "w.pt")
+    missing = str(WINDOWS.with_suffix(".pt2"))
+    assert answer("inspect", "w.pt", "--model", missing, code=2)["error"] == f"{missing} does not exist."
+
+
+def test_drive_letter_of_a_missing_maker_or_in_an_input_is_explained(here):
+    with pytest.raises(FileError, match="does not name a function"):
+        make_model(str(WINDOWS))
+    with pytest.raises(nmgraph.NMGraphError, match="is no input"):
+        parse_inputs([str(WINDOWS)])
+
+
+def test_call_to_type_next_is_quoted_for_the_shell_of_the_machine(monkeypatch):
+    words = ["nmgraph", "export", str(WINDOWS), "my model.nm.pt"]
+    assert typed(words) == r"nmgraph export 'C:\models\net.pt' 'my model.nm.pt'"
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        said = typed(words)
+    assert said == r'nmgraph export C:\models\net.pt "my model.nm.pt"'

@@ -7,25 +7,25 @@ from typer.testing import CliRunner
 from nmgraph.cli import app
 
 COMMANDS = {
-    "methods": ["--json", "--debug"],
+    "methods": ["-q --quiet", "--json", "--debug"],
     "inspect": [
         "MODEL", "--model", "--trust", "--method", "--pattern", "--set", "--skip", "--include", "--layer", "--keep-dense",
-        "--block-axis", "--preset", "--input", "--json", "--debug",
+        "--block-axis", "--preset", "--input", "-q --quiet", "--json", "--debug",
     ],
     "convert": [
         "MODEL", "--method", "--pattern", "--set", "--skip", "--include", "--layer", "--keep-dense", "--block-axis", "--preset",
-        "--permute-channels", "--model", "--trust", "--input", "-o --output", "--overwrite", "--json", "--debug",
+        "--permute-channels", "--model", "--trust", "--input", "-o --output", "--overwrite", "-q --quiet", "--json", "--debug",
     ],
-    "status": ["CONVERTED", "--model", "--trust", "--json", "--debug"],
+    "status": ["CONVERTED", "--model", "--trust", "-q --quiet", "--json", "--debug"],
     "export": [
         "CONVERTED", "--trt", "--no-compare", "--trt-command", "--project", "--no-onnx", "--safetensors", "--hf", "--precision", "--dynamic-batch", "--fold-batchnorm", "--input", "--model", "--trust",
-        "-o --output", "--overwrite", "--force", "--json", "--debug",
+        "-o --output", "--overwrite", "--force", "-q --quiet", "--json", "--debug",
     ],
-    "bench": ["FILE...", "--input", "--rounds", "--json", "--debug"],
+    "bench": ["FILE...", "--input", "--rounds", "-q --quiet", "--json", "--debug"],
     "report": [
-        "CONVERTED", "--log", "--export", "--model", "--trust", "-o --output", "--overwrite", "--json", "--debug",
+        "CONVERTED", "--log", "--export", "--model", "--trust", "-o --output", "--overwrite", "-q --quiet", "--json", "--debug",
     ],
-    "verify": ["FILE", "--pattern", "--model", "--trust", "--json", "--debug"],
+    "verify": ["FILE", "--pattern", "--model", "--trust", "-q --quiet", "--json", "--debug"],
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -88,20 +88,14 @@ class Inspection:
     def __str__(self) -> str:
         return str(self.manifest)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._sites(options.max_width)
-        yield ""
-        yield self._totals()
-        yield ""
-        yield self._words()
+    def __rich__(self) -> Group:
+        return Group(self._sites(), "", self._totals(), "", self._words())
 
-    def _sites(self, width: int) -> Table:
+    def _sites(self) -> Table:
         entries = self.manifest.entries
         all_macs = sum(e.macs or 0 for e in entries)
         table = Table(title=f"{self.manifest.method}: {self.manifest}", title_justify="left", header_style="bold")
         columns: dict[str, Callable[[Entry], str]] = {"site": lambda e: escape(e.name) or "(root)"}
-        if width >= 110:
-            columns["kind"] = lambda e: e.kind
         columns["shape"] = lambda e: "x".join(map(str, e.shape))
         if all_macs:
             columns["MACs"] = lambda e: f"{(e.macs or 0) / all_macs:.1%}"
@@ -110,9 +104,7 @@ class Inspection:
         columns["decision"] = _decision
         for column in columns:
             justify: Any = "right" if column in ("MACs", "kept") else "left"
-            table.add_column(
-                column, overflow="fold", no_wrap=column in ("kind", "shape", "MACs", "kept"), justify=justify
-            )
+            table.add_column(column, overflow="fold", no_wrap=column in ("shape", "MACs", "kept"), justify=justify)
         for entry in entries:
             table.add_row(*(cell(entry) for cell in columns.values()))
         table.caption, table.caption_justify = self.manifest.not_followed, "left"

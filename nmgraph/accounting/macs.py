@@ -61,7 +61,7 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> ModelMacs:
         model: dense or converted, on any device, also meta; it is not changed.
         run: runs the copy of the model that it is given.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
         >>> count_macs(net, lambda model: model(torch.ones(10, 8))).layers["1"]
         Macs(forward=80, input_gradient=80, weight_gradient=80)

@@ -11,6 +11,9 @@ from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.errors import FileError, MissingPackageError
 from nmgraph.layers.masked import PREFIX, masked_weights
 
+# Of apex's ASP, of ModelOpt, of torch.ao.pruning and torch.nn.utils.prune.
+_FOREIGN_MASKS = (".__weight_mma_mask", "._weight_mask", ".parametrizations.weight.original", ".weight_mask")
+
 
 def call_factory(factory: str) -> nn.Module:
     """Import ``pkg.mod:factory`` and call it without arguments; or make the model that timm or torchvision has by a name.
@@ -56,6 +59,12 @@ def load_weights(model: nn.Module, state: dict[str, object], file: str) -> None:
 
 
 def _hint(model: nn.Module, state: dict[str, object]) -> str:
+    foreign = next((key for key in state if str(key).endswith(_FOREIGN_MASKS)), None)
+    if foreign is not None:
+        return (
+            f"\nThe file holds masks of another program ({foreign}). Let that program fold them into the weights and save "
+            "those, or multiply each weight by its mask and leave the masks out; then load it."
+        )
     ours = any(str(key).rpartition(".")[2].startswith(PREFIX) for key in state)
     if not ours or masked_weights(model):
         return ""

@@ -246,7 +246,9 @@ def write_bundle(
             progress("writing the Hugging Face directory")
             read_back = write_hf(model, temporary / HF_DIRECTORY)
         (temporary / "manifest.json").write_text(manifest.to_json() + "\n")
-        files = {str(f.relative_to(temporary)): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()}
+        files = {
+            f.relative_to(temporary).as_posix(): f.stat().st_size for f in sorted(temporary.rglob("*")) if f.is_file()
+        }
         found = ExportReport(
             directory, files, precision, str(inputs or ""), weights, onnx_proof, parity, pruned,
             sizes=sizes, projected=projected, engine=engine, trtexec=trtexec, notes=notes, hugging_face=read_back, folded=folded,

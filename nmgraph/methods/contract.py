@@ -1,10 +1,10 @@
 """What a training method is: pure functions of tensors, at two moments of a step.
 
-In the forward, :meth:`Method.operand` says what the layer multiplies by. Before ``optimizer.step``,
-:meth:`Method.update` sees the reduced, unscaled, accumulated gradient once, gives back the one the optimizer
+In the forward, ``Method.operand`` says what the layer multiplies by. Before ``optimizer.step``,
+``Method.update`` sees the reduced, unscaled, accumulated gradient once, gives back the one the optimizer
 shall use, and moves the method's state on. A method never owns tensors and never sees a module: its state is a
 NamedTuple of tensors which the layer keeps as buffers. Weights, gradients and masks come and go as ``w_OSC``
-(see :mod:`nmgraph.nm.grouping`), so that no method knows about layer kinds.
+(see ``nmgraph.nm.grouping``), so that no method knows about layer kinds.
 """
 
 from __future__ import annotations

@@ -18,11 +18,12 @@ class Pattern:
 
     N is the count *kept* (some tools count the removed ones: the same at 2:4, the opposite at 1:4).
 
-    >>> Pattern.parse("1:4"), str(Pattern(2, 4)), Pattern(2, 4).density
-    (Pattern(n=1, m=4), '2:4', 0.5)
-
     Raises:
         PatternError: unless ``1 <= n < m <= 32``.
+
+    Examples:
+        >>> Pattern.parse("1:4"), str(Pattern(2, 4)), Pattern(2, 4).density
+        (Pattern(n=1, m=4), '2:4', 0.5)
     """
 
     n: int
@@ -76,8 +77,9 @@ class Pattern:
     def implies(self, other: Pattern) -> bool:
         """Tell whether every weight that keeps to this pattern keeps to ``other``, too, with blocks along the same axis.
 
-        >>> [str(p) for p in map(Pattern.parse, ("1:4", "2:8", "1:16", "1:2", "4:8")) if p.implies(Pattern(2, 4))]
-        ['1:4', '2:8', '1:16', '1:2']
+        Examples:
+            >>> [str(p) for p in map(Pattern.parse, ("1:4", "2:8", "1:16", "1:2", "4:8")) if p.implies(Pattern(2, 4))]
+            ['1:4', '2:8', '1:16', '1:2']
         """
         starts = range(0, math.lcm(self.m, other.m), other.m)
         # A block of the other may hold parts of several blocks of this; each part keeps n at most, or all of itself.

@@ -131,12 +131,12 @@ class Manifest:
         return asdict(self)
 
     def to_json(self) -> str:
-        """Give a JSON text, which :meth:`from_json` reads back."""
+        """Give a JSON text, which ``from_json`` reads back."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read what :meth:`to_json` wrote."""
+        """Read what ``to_json`` wrote."""
         values = json.loads(text)
         tuples = ("shape", "fits")
         entries = tuple(Entry(**entry | {key: tuple(entry[key]) for key in tuples}) for entry in values["entries"])

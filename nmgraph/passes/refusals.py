@@ -108,6 +108,11 @@ def layer_obstacle(layer: nn.Module, weight: nn.Parameter | None) -> Refusal | N
             "its weight is computed by a parametrization (weight_norm, spectral_norm, ...)",
             "remove it first (parametrize.remove_parametrizations, or remove_weight_norm for the older kind)",
         )
+    if getattr(layer, "weight", weight) is not weight:
+        return Refusal(
+            f"what {type(layer).__name__}.weight gives is computed from its parameter, which a mask would replace",
+            "fold it into the parameter first, by what made it so (ModelOpt: mts.export)",
+        )
     obstacle = weight_obstacle(weight)
     failed = "" if obstacle else failed_trial(layer)
     return Refusal(failed, "it stays dense; use a plain layer if it should not") if failed else obstacle

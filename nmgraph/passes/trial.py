@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def failed_trial(layer: nn.Module) -> str:
         given, seen, changed = _weights_seen(layer)
     except Exception as error:
         # The layer's code is foreign; whatever it raises, the layer stays as it is.
-        return f"{name} could not be tried on a sparse weight ({error})"
+        return f"{name} could not be tried on a sparse weight ({shorten(str(error), 160)})"
     if not seen:
         return f"{name} does not multiply by its weight in F.linear or F.conv"
     if changed:

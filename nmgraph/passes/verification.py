@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nmgraph.layers.kinds import is_layer, layer_axis
-from nmgraph.layers.masked import Masked, masked_weights, site_name
+from nmgraph.layers.masked import PREFIX, Masked, masked_weights, site_name
 from nmgraph.nm.grouping import FLAT, Axis, canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
@@ -213,7 +213,10 @@ def verify_tensors(
             expected = name in sites if manifest else wanted.divides(tensor.shape[1])
             axis = axes.get(site, 1) if name in sites else 1
             checks.append(check_weight(name, f"{tensor.dim()}-D", tensor, wanted, expected=expected, axis=axis))
-    return Verification(subject, tuple(checks), () if checks else ("no weight with two or more axes found",))
+    problems: tuple[str, ...] = () if checks else ("no weight with two or more axes found",)
+    if any(name.rpartition(".")[2].startswith(PREFIX) for name in tensors):
+        problems += ("it is the state_dict of a converted model, whose weights are dense until it is finalized",)
+    return Verification(subject, tuple(checks), problems)
 
 
 def _unreadable(weight: Tensor) -> str:

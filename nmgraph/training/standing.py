@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
@@ -65,9 +65,13 @@ class Standing:
         """Give plain values."""
         return {"layers": [asdict(layer) for layer in self.layers], "unfinished": [s.site for s in self.unfinished]}
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in self._phases():
-            yield escape(line)
+    def __str__(self) -> str:
+        return f"{len(self.layers) - len(self.unfinished)} of {len(self.layers)} layers are N:M"
+
+    def __rich__(self) -> Group:
+        return Group(*map(escape, self._phases()), self._table(), self._end())
+
+    def _table(self) -> Table:
         gauges = list(dict.fromkeys(name for layer in self.layers for name in layer.gauges))
         table = Table(header_style="bold")
         table.add_column("site", overflow="fold")
@@ -79,8 +83,7 @@ class Standing:
             seen = ("-" if name not in layer.gauges else f"{layer.gauges[name]:.3g}" for name in gauges)
             reached = f"[yellow]{escape(layer.unfinished)}" if layer.unfinished else "[green]holds"
             table.add_row(escape(layer.site) or "(root)", layer.pattern, *shares, *seen, reached)
-        yield table
-        yield self._end()
+        return table
 
     def _phases(self) -> list[str]:
         """Say once what many layers have in common."""

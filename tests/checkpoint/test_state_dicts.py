@@ -4,6 +4,8 @@ import pytest
 import torch
 from models import mlp
 from torch import nn
+from torch.ao.pruning import WeightNormSparsifier
+from torch.nn.utils.prune import l1_unstructured
 
 import nmgraph
 from nmgraph.checkpoint.dense_file import open_dense
@@ -119,3 +121,40 @@ def test_state_dict_of_a_converted_model_is_no_dense_one_and_says_so(path):
     with pytest.raises(FileError) as caught:
         nmgraph.verify(path, model=mlp())
     assert str(caught.value).endswith(hint)
+
+
+def _like_asp(model):
+    for layer in (model[0], model[2]):
+        layer.register_buffer("__weight_mma_mask", layer.weight.detach() > 0)
+    return "0.__weight_mma_mask"
+
+
+def _like_modelopt(model):
+    for layer in (model[0], model[2]):
+        layer.register_buffer("_weight_mask", layer.weight.detach() > 0)
+    return "0._weight_mask"
+
+
+def _by_torch_ao(model):
+    sparsifier = WeightNormSparsifier(sparse_block_shape=(1, 4), zeros_per_block=2)
+    sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}, {"tensor_fqn": "2.weight"}])
+    return "0.parametrizations.weight.original"
+
+
+def _by_torch_prune(model):
+    for layer in (model[0], model[2]):
+        l1_unstructured(layer, "weight", 0.5)
+    return "0.weight_mask"
+
+
+@pytest.mark.parametrize("sparsify", [_like_asp, _like_modelopt, _by_torch_ao, _by_torch_prune])
+def test_masks_of_another_program_are_named_with_what_to_do(sparsify, path):
+    model = mlp()
+    mask = sparsify(model)
+    torch.save(model.state_dict(), path)
+    with pytest.raises(FileError) as caught:
+        open_dense(path, factory="models:mlp")
+    assert str(caught.value).endswith(
+        f"\nThe file holds masks of another program ({mask}). Let that program fold them into the weights and save "
+        "those, or multiply each weight by its mask and leave the masks out; then load it."
+    )

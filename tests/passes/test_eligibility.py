@@ -334,6 +334,20 @@ def test_layer_that_standardizes_its_weight_stays_dense(kind):
     )
 
 
+def test_layer_whose_class_masks_its_weight_already_stays_dense():
+    class MaskedElsewhere(nn.Linear):  # as ModelOpt does it
+        @property
+        def weight(self):
+            return self._parameters["weight"] * 0.5
+
+    layer = nn.Linear(16, 8)
+    layer.__class__ = MaskedElsewhere
+    assert reason_and_remedy(Beside(layer), "tried") == (
+        "what MaskedElsewhere.weight gives is computed from its parameter, which a mask would replace",
+        "fold it into the parameter first, by what made it so (ModelOpt: mts.export)",
+    )
+
+
 def test_layer_that_cannot_be_tried_stays_dense():
     class Gated(nn.Linear):
         def forward(self, x, gate):
@@ -343,6 +357,19 @@ def test_layer_that_cannot_be_tried_stays_dense():
     assert reason.startswith("Gated could not be tried on a sparse weight (")
     assert "gate" in reason
     assert remedy == "it stays dense; use a plain layer if it should not"
+
+
+def test_reason_of_a_layer_that_cannot_be_tried_is_short_whatever_its_error_says():
+    class Elsewhere(nn.Linear):
+        def forward(self, x):
+            raise NotImplementedError("no such kernel on the CPU.\n" + "registered at somewhere else\n" * 100)
+
+    reason, _ = reason_and_remedy(Beside(Elsewhere(16, 8)), "tried")
+    assert reason.startswith(
+        "Elsewhere could not be tried on a sparse weight (no such kernel on the CPU. registered at"
+    )
+    assert len(reason) < 250
+    assert "\n" not in reason
 
 
 def test_layer_that_multiplies_in_its_own_way_stays_dense():

@@ -124,6 +124,15 @@ def test_state_dict_is_checked_by_names_and_shapes():
     )
 
 
+def test_state_dict_of_a_converted_model_is_told_from_that_of_a_finalized_one():
+    model = nmgraph.convert(mlp(), method="asp")
+    assert str(verify_tensors("weights", model.state_dict())) == (
+        "0 of 2 weights hold; 0 ready for 2:4 sparse tactics; "
+        "it is the state_dict of a converted model, whose weights are dense until it is finalized"
+    )
+    assert verify_tensors("weights", nmgraph.finalize(model).state_dict()).holds
+
+
 def test_plain_values_say_everything():
     values = nmgraph.verify(mlp()).to_dict()
     assert values["holds"] is False
