@@ -75,7 +75,8 @@ REPORT = _page(
     "model-report.html beside model.nm.pt, or what -o names; an existing file only with --overwrite.",
     "the path of the written file.",
     "report model.nm.pt",
-    "report model.nm.pt --log run.jsonl --export model-export",
+    "report model.nm.pt --log run.jsonl",
+    "report model.nm.pt --export model-export -o page.html",
 )
 VERIFY = _page(
     "the file.",
