@@ -17,8 +17,9 @@ from nmgraph.api import (
     record,
     report,
     save,
+    sensitivity,
     verify,
-)  # fmt: skip
+)
 from nmgraph.errors import NMGraphError
 from nmgraph.methods import METHODS
 from nmgraph.nm.pattern import Pattern
@@ -38,6 +39,7 @@ __all__ = [
     "record",
     "report",
     "save",
+    "sensitivity",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from nmgraph.accounting.inspection import Inspection, inspect_plan
 from nmgraph.accounting.macs import count_macs
@@ -21,7 +22,7 @@ from nmgraph.checkpoint.nm_file import is_nm_file, read_nm_file, write_nm_file
 from nmgraph.checkpoint.tensors import load_compressed, verify_safetensors
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import ConversionError, ExportError, FileError
-from nmgraph.export.inputs import Inputs, find_inputs, make_inputs
+from nmgraph.export.inputs import Inputs, argument_names, find_inputs, make_inputs
 from nmgraph.export.semi_structured import Acceleration, accelerate_linears
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.export.trt_rules import parse_projection, require_sparse_sites
@@ -40,6 +41,7 @@ from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, requi
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
 from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, restrict, rewrite
+from nmgraph.passes.sensitivity import USUAL_PATTERNS, Sensitivity, measure
 from nmgraph.passes.structure import (
     blends_buffers,
     copy_structure,
@@ -298,7 +300,7 @@ def inspect(
     published = find_preset(method, preset) if preset else None
     recipe = _recipe(method, pattern, published, method_options)
     selection = select(skip, include, layers, keep_dense, block_axis, published)
-    inputs = make_inputs(example_inputs) if example_inputs is not None else _usual_inputs(model)
+    inputs = make_inputs(example_inputs) if example_inputs is not None else usual_inputs(model)
     planned = plan(model, recipe, selection, inputs=inputs, progress=progress)
     progress("counting operations")
     macs = None if inputs is None else count_macs(model, inputs.call)
@@ -312,12 +314,65 @@ def _recipe(
     return Recipe(make_method(method, {**(preset.options if preset else {}), **options}), Pattern.parse(pattern))
 
 
-def _usual_inputs(model: nn.Module) -> Inputs | None:
+def usual_inputs(model: nn.Module) -> Inputs | None:
     """Find inputs that a model takes, to count its operations; None if it does not say what it takes."""
     try:
         return find_inputs(model, None)
     except ExportError:
         return None  # the table goes without what would be counted
+
+
+def sensitivity(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    labels: Tensor | None = None,
+    patterns: Sequence[str | Pattern] = USUAL_PATTERNS,
+    method: str | Method[Any] = "lbc",
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    keep_dense: Sequence[str] | None = None,
+    block_axis: str | None = None,
+    progress: Progress = _silent,
+) -> Sensitivity:
+    """Prune each layer alone, once, by magnitude, to each pattern, and measure how much worse the model answers.
+
+    The model is not changed. ``nmgraph.accounting.budget.suggest`` makes per-layer patterns of the result.
+
+    Args:
+        model: dense, on any device.
+        inputs: a tensor, a tuple of tensors or a dict of tensors: one batch of the model's own data.
+        labels: of the batch. A forward that takes ``labels`` gets them, and its answer's ``loss`` counts; else the cross
+            entropy of the answer, or its ``logits``. Without labels it counts how far the answer moves, as the sum of squared
+            differences of all its floating-point tensors over the sum of their squares.
+        patterns: to try. A layer that none of them fits is tried with the usual ones that do.
+        method: that the model will be converted with; patterns that it does not support are left out.
+        skip: as for :func:`convert`, of what is not to be measured; the same holds of the next three.
+        include: globs of layers that are left dense by default.
+        keep_dense: ``"stem"`` and ``"head"``.
+        block_axis: ``"channels"`` or ``"flat"``.
+        progress: called with what begins, and behind a colon how far it is.
+
+    Raises:
+        NMGraphError: if nothing can be pruned, the model does not take the data, or a loss is not finite.
+    """
+    _require_plain(model)
+    tried = [Pattern.parse(p) for p in ([patterns] if isinstance(patterns, (str, Pattern)) else patterns)]
+    if not tried:
+        raise ConversionError('there is no pattern to measure. Give some, for example patterns=["2:4", "1:4"].')
+    if not isinstance(labels, (Tensor, NoneType)):
+        raise ConversionError(
+            f"labels are a {type(labels).__name__}; they must be a tensor, one label for each prediction."
+        )
+    given = make_inputs(inputs)
+    selection = select(skip, include, None, keep_dense, block_axis, None)
+    planned = plan(model, Recipe(make_method(method), tried[0]), selection, inputs=given, progress=progress)
+    require_finite(planned.decisions)
+    if labels is not None and not labels.is_floating_point():
+        labels = labels.long()  # the one kind of class numbers that all losses take
+    if labels is not None and "labels" in argument_names(model):
+        given = replace(given, kwargs=given.kwargs | {"labels": labels})
+    return measure(model, planned.decisions, tried, given.call, labels=labels, data=given.source, progress=progress)
 
 
 def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Controller:

@@ -15,8 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import nmgraph
-from nmgraph import manual, suggestions
-from nmgraph.api import find_findings, write_report
+from nmgraph import api, manual, suggestions
 from nmgraph.checkpoint.dense_file import default_output, read_dense
 from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.console import FAILED, FINE, Answer, Commands, answering, progress_bar, typed
@@ -24,6 +23,7 @@ from nmgraph.errors import ConversionError, FileError, MethodError
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.files import require_writable
 from nmgraph.layers.masked import masked_weights
+from nmgraph.measuring import Measuring
 from nmgraph.methods import METHODS, find_preset
 from nmgraph.methods.contract import Preset
 from nmgraph.options import (
@@ -32,7 +32,9 @@ from nmgraph.options import (
     SPARSITY,
     TENSORRT,
     BlockAxisOption,
+    BudgetOption,
     ConvertedArgument,
+    DataOption,
     DebugOption,
     FactoryOption,
     IncludeOption,
@@ -47,13 +49,17 @@ from nmgraph.options import (
     PatternOption,
     PresetOption,
     QuietOption,
+    RecipeOption,
+    SensitivityOption,
     SetOption,
     SkipOption,
+    SuggestionOption,
     TrustOption,
     flag,
     option,
 )
 from nmgraph.passes.permutation_report import PermutationReport
+from nmgraph.passes.recipe_file import RecipeFile, read_recipe
 from nmgraph.training.standing import standing_of
 
 _EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES, _INSPECT_STAGES, _REPORT_STAGES = 6, 3, 3, 3, 1
@@ -117,8 +123,8 @@ def inspect(
     model: ModelArgument,
     factory: FactoryOption = None,
     trust: TrustOption = [],  # noqa: B006 - typer needs the literal
-    method: MethodOption = "lbc",
-    pattern: PatternOption = "2:4",
+    method: MethodOption = None,
+    pattern: PatternOption = None,
     set: SetOption = [],  # noqa: B006
     skip: SkipOption = [],  # noqa: B006
     include: IncludeOption = [],  # noqa: B006
@@ -127,27 +133,44 @@ def inspect(
     block_axis: BlockAxisOption = None,
     preset: PresetOption = None,
     input: InputOption = [],  # noqa: B006
+    sensitivity: SensitivityOption = False,
+    data: DataOption = None,
+    budget: BudgetOption = None,
+    recipe_file: SuggestionOption = None,
+    overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what `convert` would make of every layer, what that gains and what methods cost, and change nothing."""
-    with answering(json, quiet, debug) as give, progress_bar(json or quiet, _INSPECT_STAGES) as progress:
-        options = _options(method, set)
-        dense = read_dense(model, factory=factory, trust=trust)
-        found = nmgraph.inspect(
-            dense.model, method=method, pattern=pattern, skip=skip, include=include, layers=_layers(layer),
-            keep_dense=_ends(keep_dense), block_axis=block_axis, preset=preset, example_inputs=_inputs(input),
-            progress=progress, **options,
+    with answering(json, quiet, debug) as give, progress_bar(json or quiet, _INSPECT_STAGES + sensitivity) as progress:
+        measuring = Measuring.asked(
+            sensitivity,
+            data=data,
+            budget=budget,
+            output=recipe_file,
+            overwrite=overwrite,
+            shapes=bool(input),
+            layers=bool(layer),
+        )
+        asked = _asked(
+            RecipeFile(), method=method, pattern=pattern, set=set, skip=skip, include=include, layer=layer,
+            keep_dense=keep_dense, block_axis=block_axis, preset=preset,
         )  # fmt: skip
-        give(Answer(found.to_dict() | {"notes": dense.notes}, found, str(found), "\n".join(dense.notes)))
+        dense = read_dense(model, factory=factory, trust=trust)
+        inputs = _inputs(input)
+        found = nmgraph.inspect(dense.model, example_inputs=inputs, progress=progress, **asked.plan_arguments())
+        more, tables, notes = measuring.run(dense.model, asked, inputs, progress) if measuring else ({}, [], [])
+        values = found.to_dict() | {"notes": dense.notes} | more
+        give(Answer(values, Group(found, *tables), str(found), "\n".join([*dense.notes, *notes])))
 
 
 @app.command(epilog=manual.CONVERT)
 def convert(
     model: ModelArgument,
-    method: MethodOption = "lbc",
-    pattern: PatternOption = "2:4",
+    method: MethodOption = None,
+    pattern: PatternOption = None,
+    recipe: RecipeOption = None,
     set: SetOption = [],  # noqa: B006
     skip: SkipOption = [],  # noqa: B006
     include: IncludeOption = [],  # noqa: B006
@@ -176,14 +199,14 @@ def convert(
         require_writable(out, overwrite=overwrite)
         if out.exists() and model.exists() and out.samefile(model):
             raise FileError(f"{out} is the dense model itself, and is kept. Choose another place with -o.")
-        options = _options(method, set)
-        dense = read_dense(model, factory=factory, trust=trust)
-        converted = nmgraph.convert(
-            dense.model, method=method, pattern=pattern, skip=skip, include=include, layers=_layers(layer), example_inputs=_inputs(input),
-            keep_dense=_ends(keep_dense),
-            block_axis=block_axis, preset=preset, permute_channels=permute_channels,
-            progress=progress, **options,
+        asked = _asked(
+            read_recipe(recipe) if recipe else RecipeFile(), method=method, pattern=pattern, set=set, skip=skip, include=include,
+            layer=layer, keep_dense=keep_dense, block_axis=block_axis, preset=preset, permute_channels=permute_channels or None,
         )  # fmt: skip
+        dense = read_dense(model, factory=factory, trust=trust)
+        # Who wrote the recipe has looked at a run, and may name what no graph shows.
+        inputs = _inputs(input) or (api.usual_inputs(dense.model) if recipe else None)
+        converted = nmgraph.convert(dense.model, example_inputs=inputs, progress=progress, **asked.arguments())
         progress("saving")
         nmgraph.save(converted, out, factory=dense.factory)
         found = nmgraph.manifest(converted)
@@ -191,13 +214,13 @@ def convert(
         again = ["nmgraph", "export", str(out), *(["--model", str(dense.factory)] if named else [])]
         again += [word for package in trust for word in ("--trust", package)]
         note = "\n".join([*dense.notes, f"Wrote {out}. Train it, then: {typed(again)}"])
-        told = next(iter(masked_weights(converted).values())).told
-        settings: dict[str, Any] = {"options": told.method.options()}
-        if preset:
-            published = find_preset(method, preset)
-            settings["preset"] = {"name": preset, **dataclasses.asdict(published)}
-            note = f"{_explain(preset, published, told.method.options(), keep_dense, block_axis)}\n{note}"
-        shown = Group(found, PermutationReport(found.channel_order)) if permute_channels else found
+        options = next(iter(masked_weights(converted).values())).told.method.options()
+        settings: dict[str, Any] = {"options": options}
+        if asked.preset:
+            published = find_preset(asked.method, asked.preset)
+            settings["preset"] = {"name": asked.preset, **dataclasses.asdict(published)}
+            note = f"{_explain(asked, published, options)}\n{note}"
+        shown = Group(found, PermutationReport(found.channel_order)) if asked.permute_channels else found
         give(Answer({"output": str(out), **settings, **found.to_dict(), "notes": dense.notes}, shown, str(out), note))
 
 
@@ -309,9 +332,9 @@ def report(
         _require_no_directory(converted)
         out = output or _beside(converted, "-report.html")
         require_writable(out, overwrite=overwrite)
-        found = find_findings(converted, log, export, factory, trust)
+        found = api.find_findings(converted, log, export, factory, trust)
         progress("drawing")
-        write_report(found, out, overwrite=overwrite)
+        api.write_report(found, out, overwrite=overwrite)
         values = {"output": str(out), **found.summary()}
         give(Answer(values, found.verdict[0], str(out), f"Wrote {out}. Open it in a browser."))
 
@@ -393,18 +416,47 @@ def _shown(value: Any, choices: list[str] | None) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
-def _explain(name: str, preset: Preset, options: dict[str, Any], keep_dense: str | None, block_axis: str | None) -> str:
+def _asked(
+    told: RecipeFile,
+    *,
+    method: str | None,
+    pattern: str | None,
+    set: list[str],
+    skip: list[str],
+    include: list[str],
+    layer: list[str],
+    keep_dense: str | None,
+    block_axis: str | None,
+    preset: str | None,
+    permute_channels: bool | None = None,
+) -> RecipeFile:
+    """Put the options of a command over a recipe."""
+    given = {
+        "method": method, "pattern": pattern, "preset": preset, "block_axis": block_axis, "keep_dense": _ends(keep_dense),
+        "permute_channels": permute_channels,
+    }  # fmt: skip
+    layers = dict(_pair(text, "--layer", "GLOB=N:M") for text in layer)
+    lists = {"options": _options(method or told.method, set), "skip": skip, "include": include, "layers": layers}
+    return told.with_more({key: value for key, value in given.items() if value is not None} | lists)
+
+
+def _explain(asked: RecipeFile, preset: Preset, options: dict[str, Any]) -> str:
     """Say what a preset stands for, and what was set otherwise beside it."""
     published = ", ".join(f"{key}={value}" for key, value in preset.options.items()) or "no options"
     dense = ", ".join(preset.keep_dense) or "none"
     changed = [f"{key}={options[key]}" for key, value in preset.options.items() if options[key] != value]
-    changed += [] if keep_dense is None else [f"layers kept dense: {keep_dense or 'none'}"]
-    changed += [] if block_axis is None else [f"blocks along: {block_axis}"]
+    changed += [] if asked.keep_dense is None else [f"layers kept dense: {','.join(asked.keep_dense) or 'none'}"]
+    changed += [] if asked.block_axis is None else [f"blocks along: {asked.block_axis}"]
     return (
-        f"Preset {name}: {published}; layers kept dense: {dense}; blocks along: {preset.block_axis}.\n"
+        f"Preset {asked.preset}: {published}; layers kept dense: {dense}; blocks along: {preset.block_axis}.\n"
         + (f"Set otherwise here: {'; '.join(changed)}.\n" if changed else "")
         + f"Its training, which your loop sets: {preset.training}."
     )
+
+
+def _ends(text: str | None) -> list[str] | None:
+    """Read ``stem,head``; an empty text is none of them, and not the same as nothing."""
+    return None if text is None else [end.strip() for end in text.split(",") if end.strip()]
 
 
 def _options(method: str, texts: list[str]) -> dict[str, Any]:
@@ -420,14 +472,6 @@ def _options(method: str, texts: list[str]) -> dict[str, Any]:
         except (ValueError, KeyError) as error:
             raise MethodError(f"--set {key}={value}: {value!r} is no {kind.__name__}.") from error
     return options
-
-
-def _layers(texts: list[str]) -> dict[str, str]:
-    return dict(_pair(text, "--layer", "GLOB=N:M") for text in texts)
-
-
-def _ends(text: str | None) -> list[str] | None:
-    return None if text is None else [end.strip() for end in text.split(",") if end.strip()]
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:

@@ -16,18 +16,18 @@ from nmgraph.errors import FileError
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
-def require_writable(path: Path, overwrite: bool) -> None:
-    """Refuse an output before any work is done for it.
+def require_writable(path: Path, overwrite: bool, option: str = "-o") -> None:
+    """Refuse an output before any work is done for it; ``option`` says where.
 
     Raises:
         FileError: if it exists and may not be overwritten, or could not be created where it shall be.
     """
     if path.exists() and not overwrite:
         raise FileError(
-            f"{path} exists and is kept. Choose another place with -o, or replace it with --overwrite (overwrite=True)."
+            f"{path} exists and is kept. Choose another place with {option}, or replace it with --overwrite (overwrite=True)."
         )
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise FileError(f"{path} is no regular file, and is kept. Choose another place with -o.")
+        raise FileError(f"{path} is no regular file, and is kept. Choose another place with {option}.")
     parent = path.absolute().parent
     if not parent.is_dir():
         raise FileError(f"{path} can't be written: there is no directory {parent}. Make it first.")
@@ -35,7 +35,7 @@ def require_writable(path: Path, overwrite: bool) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise FileError(f"{path} can't be written: {error.strerror}. Choose another place with -o.") from error
+        raise FileError(f"{path} can't be written: {error.strerror}. Choose another place with {option}.") from error
 
 
 @contextmanager

@@ -76,7 +76,7 @@ REPORT = _page(
     "the path of the written file.",
     "report model.nm.pt",
     "report model.nm.pt --log run.jsonl",
-    "report model.nm.pt --export model-export -o page.html",
+    "report model.nm.pt --export model-export",
 )
 VERIFY = _page(
     "the file.",

@@ -9,7 +9,8 @@ import typer
 
 from nmgraph import suggestions
 
-MODEL, SPARSITY, OUTPUT, TENSORRT, PRINTING = "Model", "Sparsity", "Output", "TensorRT", "Printing"
+MODEL, SPARSITY, SENSITIVITY = "Model", "Sparsity", "Sensitivity"
+OUTPUT, TENSORRT, PRINTING = "Output", "TensorRT", "Printing"
 """The panels of --help."""
 
 
@@ -18,9 +19,11 @@ def flag(*names: str, panel: str, help: str) -> Any:
     return typer.Option(*names, metavar="", rich_help_panel=panel, help=help)
 
 
-def option(*names: str, panel: str, metavar: str, help: str, suggest: Any = None) -> Any:
-    """Make an option that takes a value, with what a shell may complete it to."""
-    return typer.Option(*names, metavar=metavar, rich_help_panel=panel, help=help, autocompletion=suggest)
+def option(*names: str, panel: str, metavar: str, help: str, suggest: Any = None, usual: str = "") -> Any:
+    """Make an option that takes a value: what a shell may complete it to, and what it is if it is not given."""
+    return typer.Option(
+        *names, metavar=metavar, rich_help_panel=panel, help=help, autocompletion=suggest, show_default=usual or True
+    )
 
 
 ModelArgument = Annotated[
@@ -50,23 +53,64 @@ TrustOption = Annotated[
     option("--trust", panel=MODEL, metavar="PACKAGE", help="Import this package if the file names its classes."),
 ]
 MethodOption = Annotated[
-    str,
+    str | None,
     option(
         "--method",
         panel=SPARSITY,
         metavar="NAME",
         help="Training method; see `nmgraph methods`.",
         suggest=suggestions.methods,
+        usual="lbc",
     ),
 ]
 PatternOption = Annotated[
-    str,
+    str | None,
     option(
         "--pattern",
         panel=SPARSITY,
         metavar="N:M",
         help="Keep N of every M weights along the input channels.",
         suggest=suggestions.patterns,
+        usual="2:4",
+    ),
+]
+RecipeOption = Annotated[
+    Path | None,
+    option(
+        "--recipe",
+        panel=SPARSITY,
+        metavar="FILE",
+        help="Take all this from a recipe; what is given beside it counts more.",
+    ),
+]
+SensitivityOption = Annotated[
+    bool,
+    flag(
+        "--sensitivity", panel=SENSITIVITY, help="Prune each layer alone, and measure how much worse the model answers."
+    ),
+]
+DataOption = Annotated[
+    Path | None,
+    option(
+        "--data",
+        panel=SENSITIVITY,
+        metavar="FILE",
+        help="Tensors by argument name, and labels, to measure on: .pt, .safetensors or .npz.",
+    ),
+]
+BudgetOption = Annotated[
+    str | None,
+    option(
+        "--budget",
+        panel=SENSITIVITY,
+        metavar="KIND=SHARE",
+        help="Suggest a pattern for each layer: flops=0.5 for half of the operations, size=0.5 for half of the bytes.",
+    ),
+]
+SuggestionOption = Annotated[
+    Path | None,
+    option(
+        "--recipe", panel=SENSITIVITY, metavar="OUT.json", help="Write what --budget suggests, for convert --recipe."
     ),
 ]
 SetOption = Annotated[

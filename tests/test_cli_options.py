@@ -10,10 +10,11 @@ COMMANDS = {
     "methods": ["-q --quiet", "--json", "--debug"],
     "inspect": [
         "MODEL", "--model", "--trust", "--method", "--pattern", "--set", "--skip", "--include", "--layer", "--keep-dense",
-        "--block-axis", "--preset", "--input", "-q --quiet", "--json", "--debug",
+        "--block-axis", "--preset", "--input", "--sensitivity", "--data", "--budget", "--recipe", "--overwrite", "-q --quiet",
+        "--json", "--debug",
     ],
     "convert": [
-        "MODEL", "--method", "--pattern", "--set", "--skip", "--include", "--layer", "--keep-dense", "--block-axis", "--preset",
+        "MODEL", "--method", "--pattern", "--recipe", "--set", "--skip", "--include", "--layer", "--keep-dense", "--block-axis", "--preset",
         "--permute-channels", "--model", "--trust", "--input", "-o --output", "--overwrite", "-q --quiet", "--json", "--debug",
     ],
     "status": ["CONVERTED", "--model", "--trust", "-q --quiet", "--json", "--debug"],

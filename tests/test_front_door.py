@@ -19,6 +19,7 @@ def test_front_door_is_what_the_design_names():
         "record",
         "report",
         "save",
+        "sensitivity",
         "verify",
     ]
     assert all(hasattr(nmgraph, name) for name in nmgraph.__all__)

@@ -1,1 +1,1 @@
-"""What sparsity costs and saves: multiply-accumulates of a training run, state of methods."""
+"""What sparsity costs and saves: operations of a training run, state of methods, patterns under a budget."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ DTYPES = {
 }  # fmt: skip
 INTEGER_LIMIT = 100
 """Made-up integers stay below this: they are mostly token ids, and every vocabulary has that many."""
+
+GIVEN = "given"
+"""The source of inputs that are a person's own."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +117,44 @@ def make_inputs(given: Any) -> Inputs:
     if isinstance(given, Inputs):
         return given
     if isinstance(given, Tensor):
-        return Inputs((given,), {}, "given")
+        return Inputs((given,), {}, GIVEN)
     leaves = tree_leaves(given)
     plain = all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves)
     plain = plain and any(isinstance(leaf, Tensor) for leaf in leaves)
     if isinstance(given, Mapping) and plain:
-        return Inputs((), {str(name): t for name, t in given.items()}, "given")
+        return Inputs((), {str(name): t for name, t in given.items()}, GIVEN)
     if isinstance(given, (tuple, list)) and plain:
-        return Inputs(tuple(given), {}, "given")
+        return Inputs(tuple(given), {}, GIVEN)
     raise ExportError(
         f"example_inputs is a {type(given).__name__}; it must be a tensor, a tuple of tensors or a dict of tensors by argument name."
     )
+
+
+def argument_names(model: nn.Module) -> list[str]:
+    """List the arguments that a model's forward names."""
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind not in unnamed]
+
+
+def named_inputs(model: nn.Module, tensors: Mapping[str, Tensor]) -> Inputs:
+    """Give tensors to the arguments of the same names; one called ``input`` is the first argument, whatever that is called.
+
+    Floating-point ones get the dtype of the model's own parameters.
+
+    Raises:
+        ExportError: if there are none, or one has a name that the forward does not have.
+    """
+    known, named = argument_names(model), dict(tensors)
+    unknown = [name for name in named if known and name not in (*known, "input")]
+    if unknown or not named:
+        held = f"holds {', '.join(unknown):.200}" if unknown else "holds no input"
+        raise ExportError(
+            f"the data {held}, and {type(model).__name__} takes {', '.join(known) or 'input'}. Name tensors by these; input is "
+            "the first one, and labels are the labels."
+        )
+    first = (named.pop("input"),) if "input" in named and "input" not in known else ()
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return Inputs(first, named, GIVEN).on_cpu(dtype)
 
 
 def parse_inputs(texts: Sequence[str]) -> Inputs:
