@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from nmgraph.accounting.inspection import Inspection, inspect_plan
 from nmgraph.accounting.macs import count_macs
@@ -254,6 +255,11 @@ def plan(
     used = uses(model, how)
     calls = None
     if inputs is not None:
+        lazy = _find_lazy(model)
+        if lazy:
+            raise ConversionError(
+                f"{lazy} has no shape yet: its layer is lazy. Run the model once on the inputs before."
+            )
         ran = watch(model, inputs.call)
         calls = ran.calls
         used.calls, used.macs, used.unfollowed = ran.calls, ran.macs, []
@@ -316,10 +322,17 @@ def _recipe(
 
 def usual_inputs(model: nn.Module) -> Inputs | None:
     """Find inputs that a model takes, to count its operations; None if it does not say what it takes."""
+    if _find_lazy(model):
+        return None  # a run would give the layers their shape
     try:
         return find_inputs(model, None)
     except ExportError:
         return None  # the table goes without what would be counted
+
+
+def _find_lazy(model: nn.Module) -> str | None:
+    """Name a parameter that gets its shape in the first run."""
+    return next((name for name, p in model.named_parameters() if is_lazy(p)), None)
 
 
 def sensitivity(

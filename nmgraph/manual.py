@@ -32,13 +32,15 @@ def _page(reads: str, writes: str, quiet: str, *examples: str, failed: str = "")
 
 METHODS = _page("nothing.", "nothing.", "the names, one a line.", "methods", "methods --quiet", "methods --json")
 INSPECT = _page(
-    "the model, and runs it once if inputs are given or can be guessed.",
-    "nothing.",
+    "the model, and runs it if inputs are given or can be guessed; with --sensitivity many times.",
+    "nothing; with --sensitivity, --budget and --recipe a recipe for `nmgraph convert --recipe`.",
     "one line: how many layers would be converted.",
     "inspect model.pt",
     "inspect timm:resnet50 --pattern 1:4",
     "inspect weights.pt --model timm:resnet50",
     "inspect bert/ --input input_ids=1x16:int64",
+    "inspect model.pt --sensitivity --data batch.npz",
+    "inspect model.pt --sensitivity --budget flops=0.5 --recipe half.json",
 )
 CONVERT = _page(
     "the model; with --input it is run once.",
@@ -47,6 +49,7 @@ CONVERT = _page(
     "convert model.pt",
     "convert model.pt --method srste --set decay=1e-3",
     "convert model.pt --preset paper",
+    "convert model.pt --recipe half.json",
     "convert model.pt --skip head --layer 'mlp.*=1:4'",
     "convert timm:resnet50 -o sparse/resnet50.nm.pt",
     "convert weights.pt --model my_package.nets:make",

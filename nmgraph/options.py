@@ -19,11 +19,9 @@ def flag(*names: str, panel: str, help: str) -> Any:
     return typer.Option(*names, metavar="", rich_help_panel=panel, help=help)
 
 
-def option(*names: str, panel: str, metavar: str, help: str, suggest: Any = None, usual: str = "") -> Any:
-    """Make an option that takes a value: what a shell may complete it to, and what it is if it is not given."""
-    return typer.Option(
-        *names, metavar=metavar, rich_help_panel=panel, help=help, autocompletion=suggest, show_default=usual or True
-    )
+def option(*names: str, panel: str, metavar: str, help: str, suggest: Any = None) -> Any:
+    """Make an option that takes a value, with what a shell may complete it to."""
+    return typer.Option(*names, metavar=metavar, rich_help_panel=panel, help=help, autocompletion=suggest)
 
 
 ModelArgument = Annotated[
@@ -58,9 +56,8 @@ MethodOption = Annotated[
         "--method",
         panel=SPARSITY,
         metavar="NAME",
-        help="Training method; see `nmgraph methods`.",
+        help="Training method, lbc if none is given; see `nmgraph methods`.",
         suggest=suggestions.methods,
-        usual="lbc",
     ),
 ]
 PatternOption = Annotated[
@@ -69,9 +66,8 @@ PatternOption = Annotated[
         "--pattern",
         panel=SPARSITY,
         metavar="N:M",
-        help="Keep N of every M weights along the input channels.",
+        help="Keep N of every M weights along the input channels; 2:4 if none is given.",
         suggest=suggestions.patterns,
-        usual="2:4",
     ),
 ]
 RecipeOption = Annotated[

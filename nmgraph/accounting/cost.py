@@ -11,7 +11,7 @@ Three ways of counting are kept apart:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -74,7 +74,11 @@ class TrainingCost:
 
 
 def plan_cost(
-    macs: ModelMacs, sparse: Mapping[str, tuple[Method[Any], Pattern]], total_steps: int = 5_000
+    macs: ModelMacs,
+    sparse: Mapping[str, tuple[Method[Any], Pattern]],
+    total_steps: int = 5_000,
+    *,
+    forward_only: Collection[str] = (),
 ) -> TrainingCost:
     """Say what a run will cost.
 
@@ -82,8 +86,10 @@ def plan_cost(
         macs: of the dense model.
         sparse: method and pattern of each converted site.
         total_steps: of the run; phases that are counted in steps weigh less in a longer one.
+        forward_only: sites whose input gradient uses the forward mask, though the method has one for the backward.
     """
     shares = {site: _planned(method, pattern, total_steps) for site, (method, pattern) in sparse.items()}
+    shares |= {site: _one_way(shares[site]) for site in forward_only}
     return _cost(macs, shares, {site: pattern for site, (_, pattern) in sparse.items()}, total_steps)
 
 
@@ -99,7 +105,8 @@ def cost_of_run(macs: ModelMacs, log: RunLog) -> TrainingCost:
     for site, layer in log.run.layers.items():
         method, pattern = make_method(layer["method"], layer["options"]), Pattern.parse(layer["pattern"])
         kept = [(r.step, r.layers[site]["kept"]) for r in log.records if "kept" in r.layers.get(site, {})]
-        shares[site] = _recorded(method, pattern, kept, log.run.total_steps)
+        share = _recorded(method, pattern, kept, log.run.total_steps)
+        shares[site] = share if layer["splits_backward"] or not method.splits_backward else _one_way(share)
         patterns[site] = pattern
     return _cost(macs, shares, patterns, last)
 
@@ -125,6 +132,10 @@ def _sum(macs: ModelMacs, works: Mapping[str, Work]) -> tuple[float, float, floa
     ]
     forward, input_gradient, weight_gradient = (sum(column) for column in zip(*weighted, macs.elsewhere, strict=True))
     return forward, input_gradient, weight_gradient
+
+
+def _one_way(share: Share) -> Share:
+    return share._replace(on_24=share.on_24._replace(input_gradient=1.0))
 
 
 def _at_end(pattern: Pattern) -> Share:

@@ -138,7 +138,8 @@ class Inspection:
             )
         lines.append(
             "[dim]kept: share of the magnitude that a mask by magnitude keeps. TensorRT: whether a sparse kernel is likely to "
-            f"win there, by the rule of thumb that it takes {_CHANNELS} channels; the builder decides.[/]"
+            f"win there, by the rule of thumb that it takes {_CHANNELS} channels; the builder decides. As published: in the papers' closed "
+            "forms, for sparse layers alone; asp's counts the dense training before it.[/]"
         )
         return "\n".join(lines)
 
@@ -213,7 +214,9 @@ def _kept(decision: Decision) -> float | None:
 
 
 def _cost(macs: ModelMacs, chosen: list[Decision], method: Method[Any]) -> TrainingCost:
-    return plan_cost(macs, {d.site.name: (method, d.recipe.pattern) for d in chosen}, TOTAL_STEPS)
+    sparse = {d.site.name: (method, d.recipe.pattern) for d in chosen}
+    read = {d.site.name for d in chosen if method.splits_backward and (not d.site.is_layer or d.site.read_by)}
+    return plan_cost(macs, sparse, TOTAL_STEPS, forward_only=read)
 
 
 def _total(name: str, plan: Plan, chosen: list[Decision], macs: ModelMacs | None) -> MethodTotal:
@@ -242,6 +245,8 @@ def _state(decision: Decision, method: Method[Any]) -> int:
 
 
 def _bytes(count: int) -> str:
+    if count < 1_000:
+        return f"{count} B"
     if count < 100_000:
         return f"{count / 1e3:.1f} kB"
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"

@@ -133,6 +133,11 @@ class MaskedWeight:
         return canonical(self.raw, self.told.reduction_axis)
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether the layer's own forward sends the input gradient through a weight of its own."""
+        return self.layer.nm_splits and self.key == "weight"
+
+    @property
     def state(self) -> Any:
         """The method's state: a NamedTuple of the module's buffers."""
         kind: Any = self.told.method.state_type

@@ -48,7 +48,7 @@ class Run:
         step: steps done before.
         total_steps: of the whole run.
         every: steps between two records.
-        layers: by site: method, options, pattern, shape, reduction axis.
+        layers: by site: method, options, pattern, shape, reduction axis, whether the input gradient has a weight of its own.
         versions: of nmgraph and torch.
     """
 

@@ -122,7 +122,7 @@ class Telemetry:
             "flipped": changed.float().mean(),
             "magnitude": (magnitude * mask).sum() / magnitude.sum(),
         }
-        if weight.told.method.splits_backward:
+        if weight.splits_backward:
             forward, backward = (whole(t).float() for t in weight.operand() if t is not None)
             found["input_gradient_lost"] = (forward - backward).square().sum() / forward.square().sum()
         return found | weight.gauges()
@@ -154,6 +154,7 @@ def _beginning(controller: Controller, weights: Mapping[str, MaskedWeight], ever
             "pattern": str(weight.told.pattern),
             "shape": list(weight.raw.shape),
             "axis": weight.told.reduction_axis,
+            "splits_backward": weight.splits_backward,
         }
         for name, weight in weights.items()
     }

@@ -76,6 +76,13 @@ def test_dense_layers_and_attention_stay_dense():
     assert cost.inference == 20 / 25
 
 
+def test_a_packed_weight_has_no_backward_mask_and_is_not_counted_as_if_it_had():
+    layer, x = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), torch.ones(1, 8, 32)
+    found = nmgraph.inspect(nn.Sequential(nn.Linear(32, 32), layer), method="bimask", example_inputs=x)
+    totals = {t.name: t.training_on_24 for t in found.methods}
+    assert totals["tmask"] < totals["bimask"] < totals["srste"]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_recorded_run_costs_what_was_planned(variant):
     name, options = VARIANTS[variant]

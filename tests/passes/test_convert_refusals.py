@@ -253,3 +253,14 @@ def test_models_of_dtensors_are_converted_before(tmp_path):
         )
     finally:
         dist.destroy_process_group()
+
+
+def test_lazy_layers_are_not_given_a_shape_by_looking_at_them():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    for door in (nmgraph.convert, nmgraph.inspect):
+        with pytest.raises(
+            ConversionError, match=r"0\.weight has no shape yet: its layer is lazy\. Run the model once"
+        ):
+            door(model, example_inputs=torch.ones(1, 16))
+    assert nmgraph.inspect(model).inference is None
+    assert isinstance(model[0].weight, nn.UninitializedParameter)
