@@ -3,6 +3,7 @@
 # make lint    ruff, mypy
 # make docs    the documentation as a site, in site/; fails where a page shows what commands no longer print
 # make outputs   runs the commands in the pages, and the notebook, and pastes what they print
+# make browser   Debian's Chromium, in which the tests look at reports
 # make bench   the slow tests and the benchmarks
 # make bindings   fetch TensorRT's Python bindings (5 MB, no libraries), which one slow test looks at
 PYTHON ?= python3
@@ -12,7 +13,7 @@ COG := OMP_NUM_THREADS=1 $(BIN)/cog --verbosity=0 -I docs -p "import outputs"
 PAGES = $(shell grep --recursive --files-with-matches --fixed-strings --include=*.md "[[[cog" README.md docs)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs outputs bench bindings
+.PHONY: demo test lint docs outputs browser bench bindings
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -34,6 +35,12 @@ docs: $(INSTALLED)
 outputs: $(INSTALLED)
 	$(COG) -r $(PAGES)
 	OMP_NUM_THREADS=1 $(BIN)/python docs/notebook.py
+
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then sudo=; else sudo="sudo -n"; fi; \
+	  $$sudo apt-get update -qq && $$sudo apt-get install -qq -y --no-install-recommends chromium chromium-driver; \
+	} || { echo "Install chromium and chromium-driver: the tests look at reports in them." >&2; exit 1; }
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -3,23 +3,26 @@
     python examples/demo_digits.py --out demo-output
 
 Both runs share the network, its initial weights, the order of the images and the loop. Two lines differ: `convert`
-makes the layers sparse-trainable, `attach` lets the method take its step before each of the optimizer's. Nothing is
-downloaded. The exit code is 1 if a check does not hold.
+makes the layers sparse-trainable, `attach` lets the method take its step before each of the optimizer's. A third one
+records what the masks do, for the report. Nothing is downloaded. The exit code is 1 if a check does not hold.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from live import LiveTable
 from networks import ResNet
 from plots import draw_curves, draw_mask
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -27,12 +30,14 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import nmgraph
+from nmgraph.training.run_log import RunLog
 
 SEED = 0
 EPOCHS = 20
 BATCH = 64
 PEAK_RATE = 0.1
 REQUIRED_ACCURACY = 0.97
+RECORD_EVERY = 3  # steps
 WATCHED = "stages.0.0.conv2"  # the layer whose mask is drawn
 
 
@@ -72,20 +77,8 @@ class Digits:
 class History:
     """What a run looked like, for the plots."""
 
-    layers: dict[str, nn.Module]  # converted ones; of a dense model none
     losses: list[float] = field(default_factory=list)  # mean of each epoch
     accuracies: list[float] = field(default_factory=list)  # on the held-out images, after each epoch
-    kept: list[float] = field(default_factory=list)  # share of the layers' weights, before each step
-    masks: list[tuple[int, Tensor]] = field(default_factory=list)  # (steps done, WATCHED's mask), when it changed
-
-    def observe_masks(self) -> None:
-        """A converted layer's `weight` is what it multiplies by: zero where it is masked."""
-        masks = {name: layer.weight.detach() != 0 for name, layer in self.layers.items()}
-        if not masks:
-            return
-        if not self.masks or not torch.equal(masks[WATCHED], self.masks[-1][1]):
-            self.masks.append((len(self.kept), masks[WATCHED]))
-        self.kept.append(sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values()))
 
 
 @dataclass(frozen=True)
@@ -102,34 +95,43 @@ class Contender:
         return self.accuracy > REQUIRED_ACCURACY and all(self.checks.values())
 
 
-def train(digits: Digits, *, sparse: bool, step_done: Callable[[], None]) -> tuple[nn.Module, History]:
+def train(digits: Digits, *, sinks: Sequence[Any], step_done: Callable[[], None]) -> tuple[nn.Module, History]:
+    """Train dense, or sparse if there is something to record that to."""
     torch.manual_seed(SEED)
     model = ResNet(depth=8, width=32, channels_in=1)
     total_steps = EPOCHS * digits.batches_per_epoch
     optimizer = torch.optim.SGD(model.parameters(), PEAK_RATE, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=total_steps, pct_start=0.1)
 
-    if sparse:
-        nmgraph.convert(model, method="lbc", pattern="2:4")  # the first line
-        nmgraph.attach(model, optimizer, total_steps=total_steps)  # and the second; the loop stays as it is
+    telemetry = None
+    if sinks:
+        nmgraph.convert(model, method="lbc", pattern="2:4", example_inputs=digits.images[:1])  # the first line
+        controller = nmgraph.attach(
+            model, optimizer, total_steps=total_steps
+        )  # and the second; the loop stays as it is
+        telemetry = nmgraph.record(controller, *sinks, every=RECORD_EVERY)
 
-    layers = {site.name: model.get_submodule(site.name) for site in nmgraph.manifest(model).converted} if sparse else {}
-    history = History(layers)
+    history = History()
     generator = torch.Generator().manual_seed(SEED)
     for _ in range(EPOCHS):
         model.train()
         losses = []
         for images, labels in digits.batches(generator):
-            history.observe_masks()
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
+            if telemetry:
+                telemetry.note(loss=losses[-1])
             step_done()
         history.losses.append(sum(losses) / len(losses))
         history.accuracies.append(digits.accuracy(predict(model, digits.held_out)))
+        if telemetry:
+            telemetry.note(held_out_accuracy=history.accuracies[-1])
+    if telemetry:
+        telemetry.close()
     return model, history
 
 
@@ -149,13 +151,13 @@ def kept_weights(verification) -> int:
     return sum(round(check.density * math.prod(check.shape)) for check in checks)
 
 
-def train_both(digits: Digits, console: Console) -> list[tuple[nn.Module, History]]:
+def train_both(digits: Digits, log: Path, console: Console) -> list[tuple[nn.Module, History]]:
     columns = TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    runs = []
-    with Progress(*columns, console=console) as progress:
-        for name, sparse in (("training dense", False), ("training LBC 2:4", True)):
+    runs, progress, watch = [], Progress(*columns), LiveTable()
+    with Live(Group(progress, watch), console=console):
+        for name, sinks in (("training dense", ()), ("training LBC 2:4", (log, watch))):
             bar = progress.add_task(name, total=EPOCHS * digits.batches_per_epoch)
-            runs.append(train(digits, sparse=sparse, step_done=lambda bar=bar: progress.advance(bar)))
+            runs.append(train(digits, sinks=sinks, step_done=lambda bar=bar: progress.advance(bar)))
     return runs
 
 
@@ -178,15 +180,19 @@ def main() -> int:
     console = Console()
     digits = Digits.load()
 
-    (dense, dense_history), (model, history) = train_both(digits, console)
+    log = out / "run.jsonl"
+    log.unlink(missing_ok=True)  # of an earlier demo
+    (dense, dense_history), (model, history) = train_both(digits, log, console)
     manifest, trained = nmgraph.manifest(model), nmgraph.verify(model)
     with console.status("exporting"):
         report = nmgraph.export(model, out / "export", example_inputs=digits.held_out, overwrite=True)
         onnx_file = report.directory / "model.onnx"
         exported = nmgraph.verify(onnx_file)
     with console.status("drawing"):
-        draw_curves(out / "curves.png", dense_history, history, digits.batches_per_epoch)
-        draw_mask(out / "mask.png", WATCHED, history.masks, digits.batches_per_epoch)
+        recorded = RunLog.read(log)
+        draw_curves(out / "curves.png", dense_history, history, recorded, digits.batches_per_epoch)
+        draw_mask(out / "mask.png", WATCHED, recorded, digits.batches_per_epoch)
+        page = nmgraph.report(model, out / "report.html", log=log, export=report.directory, overwrite=True)
 
     total = sum(site.parameters for site in manifest.converted)
     contenders = [
@@ -212,7 +218,7 @@ def main() -> int:
         f"These weights take {4 * total / 1e3:,.0f} kB dense, and {compressed / 1e3:,.0f} kB as 2:4 values with their "
         f"places. ONNX has no such form: {onnx_file.name} stores the zeros, {onnx_file.stat().st_size / 1e3:,.0f} kB.\n"
     )
-    for file in (onnx_file, out / "curves.png", out / "mask.png"):
+    for file in (onnx_file, out / "curves.png", out / "mask.png", page):
         console.print(str(file), soft_wrap=True)
     return 0 if report.holds and all(contender.holds for contender in contenders) else 1
 

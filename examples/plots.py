@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from demo_digits import History
-    from torch import Tensor
+
+    from nmgraph.training.run_log import RunLog
 
 BLUE, ORANGE, GRAY, INK = "#0072B2", "#E69F00", "#DDE1E6", "#333333"
 DENSE = {"color": ORANGE, "linestyle": "--"}
@@ -44,9 +46,10 @@ STYLE = {
 plt.switch_backend("Agg")  # draws to files, with or without a screen
 
 
-def draw_curves(path: Path, dense: History, sparse: History, steps_per_epoch: int) -> None:
+def draw_curves(path: Path, dense: History, sparse: History, log: RunLog, steps_per_epoch: int) -> None:
     """Draw accuracy and loss of both runs, and beside them the share of weights that LBC keeps."""
     epochs = np.arange(1, len(dense.losses) + 1)
+    changes = [record.step for record in log.records if record.mean("flipped")]
     with mpl.rc_context(STYLE):
         figure, (accuracy, loss, kept) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
 
@@ -60,24 +63,28 @@ def draw_curves(path: Path, dense: History, sparse: History, steps_per_epoch: in
 
         kept.set_title("Weights kept in converted layers, %")
         kept.axhline(100, **DENSE)
-        kept.plot(np.arange(len(sparse.kept)) / steps_per_epoch, np.multiply(sparse.kept, 100), **SPARSE)
+        kept.plot(
+            [r.step / steps_per_epoch for r in log.records], [100 * r.mean("kept") for r in log.records], **SPARSE
+        )
         kept.set_ylim(45, 104)
 
         for axes in (accuracy, loss, kept):
             axes.set_xlabel("epoch")
             axes.set_xlim(0, len(epochs))
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            for step, _ in sparse.masks[1:]:
-                label = "LBC removes weights" if step == sparse.masks[1][0] else None
+            for step in changes:
+                label = "LBC removes weights" if step == changes[0] else None
                 axes.axvline(step / steps_per_epoch, color="#777777", linewidth=1, linestyle=":", zorder=1, label=label)
         accuracy.legend(loc="lower right")
         figure.savefig(path, dpi=DPI)
         plt.close(figure)
 
 
-def draw_mask(path: Path, layer: str, masks: list[tuple[int, Tensor]], steps_per_epoch: int) -> None:
-    """Draw a 3x3 convolution's mask at the centre of the kernel, whenever it changed: one square per weight."""
-    pictures = [mask[:, :, 1, 1].numpy() for _, mask in masks]
+def draw_mask(path: Path, layer: str, log: RunLog, steps_per_epoch: int) -> None:
+    """Draw a 3x3 convolution's mask at the centre of the kernel, in every picture where it changed: one square per weight."""
+    every = [(picture.step, picture.layers[layer].mask.numpy()) for picture in log.pictures]
+    masks = every[:1] + [now for before, now in pairwise(every) if not np.array_equal(before[1], now[1])]
+    pictures = [mask for _, mask in masks]
     painted = [_paint(now, before) for now, before in zip(pictures, pictures[:1] + pictures, strict=False)]
     height, width, _ = painted[0].shape
     left, between, right, top, bottom = 150, 80, 40, 180, 190
@@ -101,7 +108,7 @@ def draw_mask(path: Path, layer: str, masks: list[tuple[int, Tensor]], steps_per
                 axes.set_ylabel("output channel")
         figure.text(
             left / full_width, 1 - 70 / full_height, fontsize=11, fontweight="bold",
-            s=f"Mask of {layer} at the centre of its 3x3 kernel: of each block of {BLOCK} input channels, LBC leaves 2",
+            s=f"Mask of {layer}, centre of the kernel: of each {BLOCK} input channels, LBC leaves 2",
         )  # fmt: skip
         meanings = {"kept": BLUE, "removed since the picture to the left": ORANGE, "removed earlier": GRAY}
         figure.legend(handles=[Patch(color=c, label=name) for name, c in meanings.items()], loc="lower center", ncols=3)

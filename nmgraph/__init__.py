@@ -1,7 +1,8 @@
 """nmgraph: train any PyTorch model under N:M sparsity, and export it proved.
 
-``nmgraph.export`` is the function. The package of the same name is reached with ``from nmgraph.export.proof import ...``:
-the package is imported, by api.py, before the function is bound here, so that no later import puts it in its place.
+``nmgraph.export`` and ``nmgraph.report`` are the functions. The packages of the same names are reached with
+``from nmgraph.export.proof import ...``: they are imported, by api.py, before the functions are bound here, so that no
+later import puts them in their place.
 """
 
 from nmgraph.api import (
@@ -14,6 +15,7 @@ from nmgraph.api import (
     load,
     manifest,
     record,
+    report,
     save,
     sensitivity,
     verify,
@@ -35,6 +37,7 @@ __all__ = [
     "load",
     "manifest",
     "record",
+    "report",
     "save",
     "sensitivity",
     "verify",

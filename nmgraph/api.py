@@ -55,6 +55,7 @@ from nmgraph.passes.structure import (
 from nmgraph.passes.trace import USUAL, Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
+from nmgraph.report.findings import Findings, gather
 from nmgraph.training.controller import Controller
 from nmgraph.training.telemetry import Telemetry, find_sink
 
@@ -663,6 +664,69 @@ def accelerate(model: nn.Module, *, example_inputs: Any) -> Acceleration:
         ExportError: if it does not take the inputs.
     """
     return accelerate_linears(model, make_inputs(example_inputs))
+
+
+def report(
+    model_or_path: nn.Module | str | Path,
+    path: str | Path,
+    *,
+    log: str | Path | None = None,
+    export: str | Path | None = None,
+    model: nn.Module | str | None = None,
+    trust: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Write one HTML file about a model: its layers, its training, its masks, and what is proved. It needs no network.
+
+    Args:
+        model_or_path: a converted or finalized model, or a ``.nm.pt`` file.
+        path: of the page.
+        log: the training log, as :func:`record` writes it into a ``.jsonl`` file.
+        export: the directory that :func:`export` wrote.
+        model: for a file that does not hold its module: the dense model, or what makes it, as for :func:`load`.
+        trust: packages whose pickled classes may be loaded, besides the usual.
+        overwrite: replace an earlier file.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingPackageError: without matplotlib.
+        FileError: if a file cannot be read or written, or belongs to another model.
+        ConversionError: if the model was not converted.
+    """
+    write_report(find_findings(model_or_path, log, export, model, trust), Path(path), overwrite=overwrite)
+    return Path(path)
+
+
+def find_findings(
+    model_or_path: nn.Module | str | Path,
+    log: str | Path | None,
+    export: str | Path | None,
+    model: nn.Module | str | None = None,
+    trust: Sequence[str] = (),
+) -> Findings:
+    """Gather what a report says; arguments and errors are those of :func:`report`."""
+    name, found = "", model_or_path
+    if not isinstance(found, nn.Module):
+        name = Path(found).name
+        if name.endswith((".safetensors", ".onnx")):
+            raise FileError(
+                f"{found} is what an export wrote; a report is about the converted model that it was exported from, a .nm.pt "
+                f"file. Give that, and with --export (export=) the directory that {name} lies in."
+            )
+        found = load(found, model=model, trust=trust)
+    _require_gathered(found)
+    log, export = (None if given is None else Path(given) for given in (log, export))
+    return gather(unwrapped(found), file=name, log=log, export=export)
+
+
+def write_report(findings: Findings, path: Path, *, overwrite: bool) -> None:
+    """Write what was gathered as a page; errors are those of :func:`report`."""
+    from nmgraph.report.html import write_page
+
+    require_writable(path, overwrite=overwrite)
+    write_page(findings, path)
 
 
 def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> None:

@@ -27,6 +27,7 @@ from nmgraph.measuring import Measuring
 from nmgraph.methods import METHODS, find_preset
 from nmgraph.methods.contract import Preset
 from nmgraph.options import (
+    MODEL,
     OUTPUT,
     SPARSITY,
     TENSORRT,
@@ -61,7 +62,7 @@ from nmgraph.passes.permutation_report import PermutationReport
 from nmgraph.passes.recipe_file import RecipeFile, read_recipe
 from nmgraph.training.standing import standing_of
 
-_EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES, _INSPECT_STAGES = 6, 3, 3, 3
+_EXPORT_STAGES, _ENGINE_STAGES, _CONVERT_STAGES, _INSPECT_STAGES, _REPORT_STAGES = 6, 3, 3, 3, 1
 
 app = typer.Typer(
     name="nmgraph",
@@ -295,7 +296,7 @@ def export(
         if trt:
             require_tensorrt()
         _require_no_directory(converted)
-        out = output or converted.with_name(f"{converted.name.removesuffix('.pt').removesuffix('.nm')}-export")
+        out = output or _beside(converted, "-export")
         require_writable(out, overwrite=overwrite)
         model = nmgraph.load(converted, model=factory, trust=trust)
         report = nmgraph.export(
@@ -306,6 +307,36 @@ def export(
         )  # fmt: skip
         note = f"To build the engine on another machine, in a copy of {out}:\n{report.trtexec}" if trt_command else ""
         give(Answer(report.to_dict(), report, str(out), note, FINE if report.holds else FAILED))
+
+
+@app.command(epilog=manual.REPORT)
+def report(
+    converted: ConvertedArgument,
+    log: Annotated[
+        Path | None,
+        option("--log", panel=MODEL, metavar="RUN.JSONL", help="The training log, as nmgraph.record writes it."),
+    ] = None,
+    export: Annotated[
+        Path | None, option("--export", panel=MODEL, metavar="DIR", help="What `nmgraph export` wrote.")
+    ] = None,
+    factory: FactoryOption = None,
+    trust: TrustOption = [],  # noqa: B006
+    output: OutOption = None,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write one HTML file about a model: its layers, training and masks, and what is proved."""
+    with answering(json, quiet, debug) as give, progress_bar(json or quiet, _REPORT_STAGES) as progress:
+        _require_no_directory(converted)
+        out = output or _beside(converted, "-report.html")
+        require_writable(out, overwrite=overwrite)
+        found = api.find_findings(converted, log, export, factory, trust)
+        progress("drawing")
+        api.write_report(found, out, overwrite=overwrite)
+        values = {"output": str(out), **found.summary()}
+        give(Answer(values, found.verdict[0], str(out), f"Wrote {out}. Open it in a browser."))
 
 
 @app.command(epilog=manual.VERIFY)
@@ -359,6 +390,10 @@ def bench(
         note = on_cpu if found.runner.startswith("ONNX") else ""
         brief = "\n".join(f"{timing.median_ms:.2f} ms  {timing.file}" for timing in found.files)
         give(Answer(found.to_dict(), found, brief, note))
+
+
+def _beside(converted: Path, ending: str) -> Path:
+    return converted.with_name(f"{converted.name.removesuffix('.pt').removesuffix('.nm')}{ending}")
 
 
 def _require_no_directory(path: Path) -> None:

@@ -73,6 +73,14 @@ EXPORT = _page(
     "export model.nm.pt --force --overwrite",
     failed="a check of what was written did not hold",
 )
+REPORT = _page(
+    "a converted model; with --log the training log, with --export what an export says of itself.",
+    "model-report.html beside model.nm.pt, or what -o names; an existing file only with --overwrite.",
+    "the path of the written file.",
+    "report model.nm.pt",
+    "report model.nm.pt --log run.jsonl",
+    "report model.nm.pt --export model-export",
+)
 VERIFY = _page(
     "the file.",
     "nothing.",

@@ -23,6 +23,9 @@ COMMANDS = {
         "-o --output", "--overwrite", "--force", "-q --quiet", "--json", "--debug",
     ],
     "bench": ["FILE...", "--input", "--rounds", "-q --quiet", "--json", "--debug"],
+    "report": [
+        "CONVERTED", "--log", "--export", "--model", "--trust", "-o --output", "--overwrite", "-q --quiet", "--json", "--debug",
+    ],
     "verify": ["FILE", "--pattern", "--model", "--trust", "-q --quiet", "--json", "--debug"],
 }  # fmt: skip
 

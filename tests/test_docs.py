@@ -44,7 +44,8 @@ def parse(name, *arguments):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_code_block_runs_and_prints_what_its_comments_say(block, capsys):
+def test_code_block_runs_and_prints_what_its_comments_say(block, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "documentation", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     said = re.findall(r"^print\(.*\)  # (.+)$", block, re.MULTILINE)

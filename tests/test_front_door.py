@@ -17,6 +17,7 @@ def test_front_door_is_what_the_design_names():
         "load",
         "manifest",
         "record",
+        "report",
         "save",
         "sensitivity",
         "verify",
@@ -24,10 +25,13 @@ def test_front_door_is_what_the_design_names():
     assert all(hasattr(nmgraph, name) for name in nmgraph.__all__)
 
 
-def test_export_stays_a_function_after_its_package_is_imported():
+def test_export_and_report_stay_functions_after_their_packages_are_imported():
     from nmgraph.export.bundle import write_bundle
     from nmgraph.export.proof import verify_onnx
+    from nmgraph.report.html import write_page
 
     assert callable(nmgraph.export)
     assert callable(write_bundle)
     assert callable(verify_onnx)
+    assert callable(nmgraph.report)
+    assert callable(write_page)

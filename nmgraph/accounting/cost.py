@@ -162,7 +162,7 @@ def _planned(method: Method[Any], pattern: Pattern, total_steps: int, steps: int
 def _recorded(method: Method[Any], pattern: Pattern, kept: Sequence[tuple[int, float]], total_steps: int) -> Share:
     if not kept:
         return Share(DENSE, DENSE)
-    if len(kept) == 1:
+    if kept[0][0] == kept[-1][0]:  # a run that goes on begins with the step at which it stopped
         kept = [kept[0], (kept[0][0] + 1, kept[0][1])]
     spans = [(after - before) for (before, _), (after, _) in itertools.pairwise(kept)]
     density = _weighted(((a + b) / 2 for (_, a), (_, b) in itertools.pairwise(kept)), spans)

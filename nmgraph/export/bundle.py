@@ -88,15 +88,27 @@ class ExportReport:
     folded: tuple[str, ...] = ()
 
     @property
+    def checks(self) -> dict[str, Verification | Parity | ReadBack | EngineReport]:
+        """What was checked, by name."""
+        checks: dict[str, Verification | Parity | ReadBack | EngineReport | None] = {
+            "finalized weights": self.weights,
+            "ONNX file": self.onnx,
+            "ONNX Runtime": self.parity,
+            "Hugging Face": self.hugging_face,
+            "TensorRT": self.engine,
+        }
+        return {name: check for name, check in checks.items() if check is not None}
+
+    @property
     def holds(self) -> bool:
         """Tell whether every check held."""
-        checks = (self.weights, self.onnx, self.parity, self.hugging_face, self.engine)
-        return all(check is None or check.holds for check in checks)
+        return all(check.holds for check in self.checks.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
         return {
             "holds": self.holds,
+            "checks": [{"check": name, "holds": c.holds, "found": str(c)} for name, c in self.checks.items()],
             "directory": str(self.directory),
             "files": self.files,
             "precision": self.precision,
@@ -124,17 +136,8 @@ class ExportReport:
         table = Table(title=escape(str(self)), title_justify="left", header_style="bold")
         for column in ("check", "result", "found"):
             table.add_column(column, overflow="fold")
-        rows: list[tuple[str, Verification | Parity | ReadBack | EngineReport | None]]
-        rows = [
-            ("finalized weights", self.weights),
-            ("ONNX file", self.onnx),
-            ("ONNX Runtime", self.parity),
-            ("Hugging Face", self.hugging_face),
-            ("TensorRT", self.engine),
-        ]
-        for name, check in rows:
-            if check is not None:
-                table.add_row(name, "[green]holds" if check.holds else "[red]fails", escape(str(check)))
+        for name, check in self.checks.items():
+            table.add_row(name, "[green]holds" if check.holds else "[red]fails", escape(str(check)))
         if self.pruned:
             names = f"{', '.join(self.pruned[:4])}{' ...' if len(self.pruned) > 4 else ''}"
             table.add_row(

@@ -201,6 +201,12 @@ def find_inputs(model: nn.Module, manifest: Manifest | None, dtype: torch.dtype 
     )
 
 
+def inputs_of(manifest: Manifest) -> Inputs:
+    """Make up inputs of the shapes that a model was converted with."""
+    made = [(name, make_up(shape, dtype)) for shape, dtype, name in manifest.inputs]
+    return Inputs(tuple(t for name, t in made if not name), {n: t for n, t in made if n}, "as at conversion")
+
+
 def _try(inputs: Inputs, model: nn.Module) -> None:
     if any(p.is_meta for p in model.parameters()):
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
@@ -211,8 +217,7 @@ def _try(inputs: Inputs, model: nn.Module) -> None:
 
 def _candidates(model: nn.Module, manifest: Manifest | None) -> Iterator[Inputs]:
     if manifest is not None and manifest.inputs:
-        made = [(name, make_up(shape, dtype)) for shape, dtype, name in manifest.inputs]
-        yield Inputs(tuple(t for name, t in made if not name), {n: t for n, t in made if n}, "as at conversion")
+        yield inputs_of(manifest)
     config = getattr(model, "default_cfg", None)  # timm
     if isinstance(config, Mapping) and config.get("input_size"):
         yield Inputs((make_up((1, *config["input_size"]), "float32"),), {}, "the model's default_cfg")

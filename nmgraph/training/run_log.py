@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,7 +135,7 @@ class RunLog:
         for number, line in enumerate(lines, 1):
             try:
                 read.append(_from_line(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 if number == len(lines):  # half of a line: it is being written, or the run was killed
                     _log.warning("%s: line %d is not complete, and is left out.", path, number)
                     continue
@@ -153,7 +154,14 @@ class RunLog:
                 run = entry
                 records = [r for r in records if r.step <= run.step and run.step > 0]
                 pictures = [p for p in pictures if p.step <= run.step and run.step > 0]
-            elif isinstance(entry, Record):
+                continue
+            former: Sequence[Record | Picture] = records if isinstance(entry, Record) else pictures
+            if former and former[-1].step > entry.step:
+                raise FileError(
+                    f"{path}: a {type(entry).__name__.lower()} of step {entry.step} comes after one of step {former[-1].step}. "
+                    "Two runs wrote into one log; give each its own."
+                )
+            if isinstance(entry, Record):
                 records.append(entry)
             else:
                 pictures.append(entry)
@@ -201,10 +209,20 @@ def _from_line(line: str) -> Run | Record | Picture:
         version = values.pop("format")
         if version > FORMAT:
             raise ValueError(f"format {version} is newer than this nmgraph, which reads {FORMAT}")
-        return Run(**values)
+        run = Run(**values)
+        _require(all(_is_count(n) for n in (run.step, run.total_steps, run.every)), "steps are no whole numbers")
+        told = [(layer["method"], layer["pattern"], layer["options"]) for layer in run.layers.values()]
+        _require(all(tuple(map(type, t)) == (str, str, dict) for t in told), "a layer is not described")
+        return run
     if kind == "record":
-        return Record(**values)
+        record = Record(**values)
+        numbers = [record.seconds, *(v for v in record.metrics.values() if v is not None)]
+        numbers += [v for layer in record.layers.values() for v in layer.values()]
+        _require(_is_count(record.step), "the step is no whole number")
+        _require(all(type(n) in (int, float) and math.isfinite(n) for n in numbers), "what is recorded are no numbers")
+        return record
     if kind == "picture":
+        _require(_is_count(values["step"]), "the step is no whole number")
         return Picture(values["step"], {name: _to_picture(layer) for name, layer in values["layers"].items()})
     raise ValueError(f"there is no kind {kind!r}")
 
@@ -220,10 +238,24 @@ def _picture_values(layer: LayerPicture) -> dict[str, Any]:
 
 def _to_picture(values: Mapping[str, Any]) -> LayerPicture:
     rows, columns = values["mask"]["shape"]
-    packed = torch.frombuffer(bytearray(base64.b64decode(values["mask"]["bits"])), dtype=torch.uint8)
+    counts = (values["magnitudes"], values["kept"])
+    _require(all(len(c) == BINS and all(map(_is_count, c)) for c in counts), f"a histogram has no {BINS} counts")
+    bits = bytearray(base64.b64decode(values["mask"]["bits"]))
+    whole = _is_count(rows) and _is_count(columns) and 0 < rows * columns <= 8 * len(bits)
+    _require(whole, f"a mask of {rows} by {columns} is not there")
+    packed = torch.frombuffer(bits, dtype=torch.uint8)
     return LayerPicture(
         unpack_bits(packed, rows * columns).reshape(rows, columns), values["magnitudes"], values["kept"]
     )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -101,7 +101,7 @@ class Telemetry:
             mask = weight.mask()
             numbers[name] = self._numbers(name, weight, mask)
             if pictured:
-                pictures[name] = _picture(weight, mask)
+                pictures[name] = take_picture(weight, mask)
         self._step = step
         layers = _read(numbers)
         metrics = {name: _finite(float(total) / count) for name, (total, count) in self._noted.items()}
@@ -173,7 +173,8 @@ def _read(numbers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
     return layers
 
 
-def _picture(weight: MaskedWeight, mask: Tensor) -> LayerPicture:
+def take_picture(weight: MaskedWeight, mask: Tensor) -> LayerPicture:
+    """Show a layer as it is now, with its mask in the weight's shape."""
     w_OSC = canonical(whole(weight.raw.detach()), weight.told.reduction_axis)
     mask_OSC = canonical(mask, weight.told.reduction_axis)
     places = w_OSC.abs().float().log2().clamp(LOW, HIGH)

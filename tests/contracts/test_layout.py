@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "training": {"nm", "methods", "layers"},
     "checkpoint": {"nm", "methods", "layers", "passes", "training"},
     "export": {"nm", "methods", "layers", "passes", "training"},
-    "api": {"nm", "methods", "layers", "passes", "training", "accounting", "checkpoint", "export"},
+    "report": {"nm", "methods", "layers", "passes", "training", "accounting", "checkpoint", "export"},
+    "api": {"nm", "methods", "layers", "passes", "training", "accounting", "checkpoint", "export", "report"},
     "integrations": {"api", "layers", "passes", "training"},
     "__init__": {"api", "methods", "nm"},
     "console": set(),
@@ -43,6 +44,7 @@ MAY_IMPORT = {
         "accounting",
         "checkpoint",
         "export",
+        "report",
     },
     "__main__": {"cli"},
 }
