@@ -40,7 +40,7 @@ INSPECT = _page(
     "inspect weights.pt --model timm:resnet50",
     "inspect bert/ --input input_ids=1x16:int64",
     "inspect model.pt --sensitivity --data batch.npz",
-    "inspect model.pt --sensitivity --budget flops=0.5 --recipe half.json",
+    "inspect net.pt --sensitivity --budget flops=0.5 --recipe half.json",
 )
 CONVERT = _page(
     "the model; with --input it is run once.",

@@ -22,7 +22,7 @@ def shown(*command, width=80):
 
 
 def examples(command):
-    return re.findall(r"^ +nmgraph (.*\S)", shown(command, width=60).partition("Examples")[2], re.MULTILINE)
+    return re.findall(r"^ +nmgraph (.*\S)", shown(command, width=80).partition("Examples")[2], re.MULTILINE)
 
 
 def test_every_example_is_taken_by_the_parser_and_stands_on_one_line():
