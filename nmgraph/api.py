@@ -6,15 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from nmgraph.accounting.inspection import Inspection, inspect_plan
-from nmgraph.accounting.macs import count_macs
 from nmgraph.checkpoint.dense_file import make_model, open_dense, state_of
 from nmgraph.checkpoint.factory import load_weights
 from nmgraph.checkpoint.hugging_face import find_hugging_face_manifest, open_hugging_face
@@ -23,7 +20,7 @@ from nmgraph.checkpoint.nm_file import is_nm_file, read_nm_file, write_nm_file
 from nmgraph.checkpoint.tensors import load_compressed, verify_safetensors
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import ConversionError, ExportError, FileError
-from nmgraph.export.inputs import Inputs, argument_names, find_inputs, make_inputs
+from nmgraph.export.inputs import Inputs, find_inputs, make_inputs
 from nmgraph.export.semi_structured import Acceleration, accelerate_linears
 from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.export.trt_rules import parse_projection, require_sparse_sites
@@ -42,7 +39,6 @@ from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, requi
 from nmgraph.passes.projection import Projection
 from nmgraph.passes.projection import project as project_sites
 from nmgraph.passes.rewrite import Plan, Selection, decide, require_finite, require_some, restrict, rewrite
-from nmgraph.passes.sensitivity import USUAL_PATTERNS, Sensitivity, measure
 from nmgraph.passes.structure import (
     blends_buffers,
     copy_structure,
@@ -55,9 +51,7 @@ from nmgraph.passes.structure import (
 from nmgraph.passes.trace import USUAL, Tracing, trace_both_modes, uses
 from nmgraph.passes.verification import Verification, verify_model, verify_tensors
 from nmgraph.passes.watch import prefer, watch
-from nmgraph.report.findings import Findings, gather
 from nmgraph.training.controller import Controller
-from nmgraph.training.telemetry import Telemetry, find_sink
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -70,8 +64,8 @@ Progress = Callable[[str], None]
 _EVERYTHING = Selection()
 
 
-def _silent(stage: str) -> None:
-    pass
+def silent(stage: str) -> None:
+    """Be the progress of who wants none."""
 
 
 def convert(
@@ -90,7 +84,7 @@ def convert(
     mode: str = "auto",
     tracer: fx.Tracer | None = None,
     concrete_args: dict[str, Any] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     **method_options: Any,
 ) -> nn.Module:
     """Make a model's linear and convolution layers sparse-trainable.
@@ -136,9 +130,9 @@ def convert(
     """
     if mode not in ("auto", "graph"):
         raise ConversionError(f'there is no mode {mode!r}. Use "auto" (in place) or "graph" (a GraphModule).')
-    _require_plain(model)
+    require_plain(model)
     published = find_preset(method, preset) if preset else None
-    recipe = _recipe(method, pattern, published, method_options)
+    recipe = recipe_of(method, pattern, published, method_options)
     selection = select(skip, include, layers, keep_dense, block_axis, published)
     inputs = None if example_inputs is None else make_inputs(example_inputs)
     how = Tracing(tracer, concrete_args)
@@ -235,7 +229,7 @@ def plan(
     *,
     inputs: Inputs | None = None,
     how: Tracing = USUAL,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Plan:
     """Decide for every site what ``convert`` would make of it, and change nothing.
 
@@ -255,7 +249,7 @@ def plan(
     used = uses(model, how)
     calls = None
     if inputs is not None:
-        lazy = _find_lazy(model)
+        lazy = find_lazy(model)
         if lazy:
             raise ConversionError(
                 f"{lazy} has no shape yet: its layer is lazy. Run the model once on the inputs before."
@@ -268,124 +262,16 @@ def plan(
     return Plan(recipe.method.name, tuple(decisions), used.untraced, calls)
 
 
-def inspect(
-    model: nn.Module,
-    *,
-    method: str | Method[Any] = "lbc",
-    pattern: str | Pattern = "2:4",
-    example_inputs: Any = None,
-    skip: Sequence[str] = (),
-    include: Sequence[str] = (),
-    layers: Mapping[str, str | Pattern] | None = None,
-    keep_dense: Sequence[str] | None = None,
-    block_axis: str | None = None,
-    preset: str | None = None,
-    progress: Progress = _silent,
-    **method_options: Any,
-) -> Inspection:
-    """Show what ``convert`` would make of every layer, what that gains and what each method costs; change nothing.
-
-    What is not said below is as for ``convert``.
-
-    Args:
-        model: dense; on the meta device, too.
-        example_inputs: as for ``convert``; by default the usual ones for the model's first layer, if it takes them.
-            Operations are counted for these; without any they are not.
-        progress: called with what begins.
-
-    Raises:
-        NMGraphError: what ``convert`` would raise.
-
-    Examples:
-        >>> import torch, nmgraph
-        >>> found = nmgraph.inspect(torch.nn.Linear(64, 512), method="bimask", example_inputs=torch.ones(1, 64))
-        >>> found.inference, found.likely
-        (0.5, {'': 'unlikely'})
-    """
-    _require_plain(model)
-    published = find_preset(method, preset) if preset else None
-    recipe = _recipe(method, pattern, published, method_options)
-    selection = select(skip, include, layers, keep_dense, block_axis, published)
-    inputs = make_inputs(example_inputs) if example_inputs is not None else usual_inputs(model)
-    planned = plan(model, recipe, selection, inputs=inputs, progress=progress)
-    progress("counting operations")
-    macs = None if inputs is None else count_macs(model, inputs.call)
-    progress("comparing methods")
-    return inspect_plan(planned, macs, "" if inputs is None else str(inputs))
-
-
-def _recipe(
+def recipe_of(
     method: str | Method[Any], pattern: str | Pattern, preset: Preset | None, options: Mapping[str, Any]
 ) -> Recipe:
+    """Make the recipe of what was asked for; what is not said is the preset's."""
     return Recipe(make_method(method, {**(preset.options if preset else {}), **options}), Pattern.parse(pattern))
 
 
-def usual_inputs(model: nn.Module) -> Inputs | None:
-    """Find inputs that a model takes, to count its operations; None if it does not say what it takes."""
-    if _find_lazy(model):
-        return None  # a run would give the layers their shape
-    try:
-        return find_inputs(model, None)
-    except ExportError:
-        return None  # the table goes without what would be counted
-
-
-def _find_lazy(model: nn.Module) -> str | None:
+def find_lazy(model: nn.Module) -> str | None:
     """Name a parameter that gets its shape in the first run."""
     return next((name for name, p in model.named_parameters() if is_lazy(p)), None)
-
-
-def sensitivity(
-    model: nn.Module,
-    inputs: Any,
-    *,
-    labels: Tensor | None = None,
-    patterns: Sequence[str | Pattern] = USUAL_PATTERNS,
-    method: str | Method[Any] = "lbc",
-    skip: Sequence[str] = (),
-    include: Sequence[str] = (),
-    keep_dense: Sequence[str] | None = None,
-    block_axis: str | None = None,
-    progress: Progress = _silent,
-) -> Sensitivity:
-    """Prune each layer alone, once, by magnitude, to each pattern, and measure how much worse the model answers.
-
-    The model is not changed. ``nmgraph.accounting.budget.suggest`` makes per-layer patterns of the result.
-
-    Args:
-        model: dense, on any device.
-        inputs: a tensor, a tuple of tensors or a dict of tensors: one batch of the model's own data.
-        labels: of the batch. A forward that takes ``labels`` gets them, and its answer's ``loss`` counts; else the cross
-            entropy of the answer, or its ``logits``. Without labels it counts how far the answer moves, as the sum of squared
-            differences of all its floating-point tensors over the sum of their squares.
-        patterns: to try. A layer that none of them fits is tried with the usual ones that do.
-        method: that the model will be converted with; patterns that it does not support are left out.
-        skip: as for ``convert``, of what is not to be measured; the same holds of the next three.
-        include: globs of layers that are left dense by default.
-        keep_dense: ``"stem"`` and ``"head"``.
-        block_axis: ``"channels"`` or ``"flat"``.
-        progress: called with what begins, and behind a colon how far it is.
-
-    Raises:
-        NMGraphError: if nothing can be pruned, the model does not take the data, or a loss is not finite.
-    """
-    _require_plain(model)
-    tried = [Pattern.parse(p) for p in ([patterns] if isinstance(patterns, (str, Pattern)) else patterns)]
-    if not tried:
-        raise ConversionError('there is no pattern to measure. Give some, for example patterns=["2:4", "1:4"].')
-    if not isinstance(labels, (Tensor, NoneType)):
-        raise ConversionError(
-            f"labels are a {type(labels).__name__}; they must be a tensor, one label for each prediction."
-        )
-    given = make_inputs(inputs)
-    selection = select(skip, include, None, keep_dense, block_axis, None)
-    planned = plan(model, Recipe(make_method(method), tried[0]), selection, inputs=given, progress=progress)
-    require_finite(planned.decisions)
-    if labels is not None and not labels.is_floating_point():
-        labels = labels.long()  # the one kind of class numbers that all losses take
-    if labels is not None and "labels" in argument_names(model):
-        given = replace(given, kwargs=given.kwargs | {"labels": labels})
-    return measure(model, planned.decisions, tried, given.call, labels=labels, data=given.source, progress=progress)
 
 
 def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Controller:
@@ -404,38 +290,6 @@ def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int) -> Contr
         TrainingError: if model and optimizer do not belong together.
     """
     return Controller(model, optimizer, total_steps)
-
-
-def record(controller: Controller, *sinks: Any, every: int | None = None) -> Telemetry:
-    """Record what masks do while a model trains: how many weights change sides, what masks keep, how far a method is.
-
-    Args:
-        controller: what ``attach`` gave; records are made after steps of its optimizer, without a further call.
-        *sinks: names of files, ``.jsonl`` (what ``nmgraph report`` reads) or ``.csv``, which are appended to; a
-            ``nmgraph.training.sinks.TensorBoard``; or anything that is called with each entry.
-        every: steps between two records; by default 200 records a run, and no more often than every 50 steps.
-
-    Returns:
-        Its ``note(loss=loss)`` adds numbers of the loop to the records; its ``close()`` stops recording.
-
-    Raises:
-        NMGraphError: if ``every`` or a sink cannot be used.
-
-    Examples:
-        >>> import torch, nmgraph
-        >>> net = nmgraph.convert(torch.nn.Linear(16, 8), method="srste")
-        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        >>> seen = []
-        >>> telemetry = nmgraph.record(nmgraph.attach(net, optimizer, total_steps=4), seen.append, every=2)
-        >>> for step in range(4):
-        ...     loss = net(torch.ones(1, 16)).square().sum()
-        ...     loss.backward()
-        ...     optimizer.step()
-        ...     telemetry.note(loss=loss)
-        >>> [type(entry).__name__ for entry in seen]
-        ['Run', 'Record', 'Picture', 'Record', 'Picture', 'Record', 'Picture']
-    """
-    return Telemetry(controller, [find_sink(sink) for sink in sinks], every)
 
 
 def manifest(model: nn.Module) -> Manifest:
@@ -463,7 +317,7 @@ def finalize(model: nn.Module, *, force: bool = False) -> nn.Module:
     blended = blends_buffers(model)
     model = unwrapped(model)
     require_manifest(model)
-    _require_gathered(model)
+    require_gathered(model)
     if not masked_weights(model):
         raise ConversionError(f"{type(model).__name__} is finalized already.")
     if not (force or blended):
@@ -538,7 +392,7 @@ def export(
     fold_batchnorm: bool = False,
     force: bool = False,
     overwrite: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> ExportReport:
     """Finalize a converted model, write it, and prove what was written.
 
@@ -666,69 +520,6 @@ def accelerate(model: nn.Module, *, example_inputs: Any) -> Acceleration:
     return accelerate_linears(model, make_inputs(example_inputs))
 
 
-def report(
-    model_or_path: nn.Module | str | Path,
-    path: str | Path,
-    *,
-    log: str | Path | None = None,
-    export: str | Path | None = None,
-    model: nn.Module | str | None = None,
-    trust: Sequence[str] = (),
-    overwrite: bool = False,
-) -> Path:
-    """Write one HTML file about a model: its layers, its training, its masks, and what is proved. It needs no network.
-
-    Args:
-        model_or_path: a converted or finalized model, or a ``.nm.pt`` file.
-        path: of the page.
-        log: the training log, as :func:`record` writes it into a ``.jsonl`` file.
-        export: the directory that :func:`export` wrote.
-        model: for a file that does not hold its module: the dense model, or what makes it, as for :func:`load`.
-        trust: packages whose pickled classes may be loaded, besides the usual.
-        overwrite: replace an earlier file.
-
-    Returns:
-        The path.
-
-    Raises:
-        MissingPackageError: without matplotlib.
-        FileError: if a file cannot be read or written, or belongs to another model.
-        ConversionError: if the model was not converted.
-    """
-    write_report(find_findings(model_or_path, log, export, model, trust), Path(path), overwrite=overwrite)
-    return Path(path)
-
-
-def find_findings(
-    model_or_path: nn.Module | str | Path,
-    log: str | Path | None,
-    export: str | Path | None,
-    model: nn.Module | str | None = None,
-    trust: Sequence[str] = (),
-) -> Findings:
-    """Gather what a report says; arguments and errors are those of :func:`report`."""
-    name, found = "", model_or_path
-    if not isinstance(found, nn.Module):
-        name = Path(found).name
-        if name.endswith((".safetensors", ".onnx")):
-            raise FileError(
-                f"{found} is what an export wrote; a report is about the converted model that it was exported from, a .nm.pt "
-                f"file. Give that, and with --export (export=) the directory that {name} lies in."
-            )
-        found = load(found, model=model, trust=trust)
-    _require_gathered(found)
-    log, export = (None if given is None else Path(given) for given in (log, export))
-    return gather(unwrapped(found), file=name, log=log, export=export)
-
-
-def write_report(findings: Findings, path: Path, *, overwrite: bool) -> None:
-    """Write what was gathered as a page; errors are those of :func:`report`."""
-    from nmgraph.report.html import write_page
-
-    require_writable(path, overwrite=overwrite)
-    write_page(findings, path)
-
-
 def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> None:
     """Write a converted model to a ``.nm.pt`` file, replacing an old one in one step.
 
@@ -744,7 +535,7 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
     """
     path, model = Path(path), unwrapped(model)
     require_writable(path, overwrite=True)
-    _require_gathered(model)
+    require_gathered(model)
     require_whole_recipes(model)
     write_nm_file(model, path, factory)
 
@@ -778,7 +569,12 @@ def _made(model: nn.Module | str | None, trust: Sequence[str]) -> nn.Module | No
     return make_model(model, trust) if isinstance(model, str) else model
 
 
-def _require_plain(model: Any) -> None:
+def require_plain(model: Any) -> None:
+    """Make sure that it is a module whose layers can be changed.
+
+    Raises:
+        ConversionError: saying what it is instead.
+    """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"a {type(model).__name__} can't be converted; {_model_inside(model)}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -795,7 +591,12 @@ def _require_plain(model: Any) -> None:
         raise ConversionError(f"{sharded}. Convert the model before it is sharded, and shard it after.")
 
 
-def _require_gathered(model: nn.Module) -> None:
+def require_gathered(model: nn.Module) -> None:
+    """Make sure that no weight lies in parts on several processes.
+
+    Raises:
+        ConversionError: saying how to gather it.
+    """
     sharded = find_sharded(model)
     if sharded:
         raise ConversionError(

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import nmgraph
-from nmgraph import api, manual, suggestions
+from nmgraph import manual, seeing, suggestions
 from nmgraph.checkpoint.dense_file import default_output, read_dense
 from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.console import FAILED, FINE, Answer, Commands, answering, progress_bar, typed
@@ -205,7 +205,7 @@ def convert(
         )  # fmt: skip
         dense = read_dense(model, factory=factory, trust=trust)
         # Who wrote the recipe has looked at a run, and may name what no graph shows.
-        inputs = _inputs(input) or (api.usual_inputs(dense.model) if recipe else None)
+        inputs = _inputs(input) or (seeing.usual_inputs(dense.model) if recipe else None)
         converted = nmgraph.convert(dense.model, example_inputs=inputs, progress=progress, **asked.arguments())
         progress("saving")
         nmgraph.save(converted, out, factory=dense.factory)
@@ -332,9 +332,9 @@ def report(
         _require_no_directory(converted)
         out = output or _beside(converted, "-report.html")
         require_writable(out, overwrite=overwrite)
-        found = api.find_findings(converted, log, export, factory, trust)
+        found = seeing.find_findings(converted, log, export, factory, trust)
         progress("drawing")
-        api.write_report(found, out, overwrite=overwrite)
+        seeing.write_report(found, out, overwrite=overwrite)
         values = {"output": str(out), **found.summary()}
         give(Answer(values, found.verdict[0], str(out), f"Wrote {out}. Open it in a browser."))
 

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import RenderableType
 from torch import nn
 
-from nmgraph import api
 from nmgraph.accounting.budget import Budget, suggest
 from nmgraph.checkpoint.data_file import read_data
 from nmgraph.errors import ConversionError, FileError
@@ -19,6 +18,7 @@ from nmgraph.files import require_writable
 from nmgraph.methods import find_preset, make_method
 from nmgraph.passes.recipe_file import RecipeFile
 from nmgraph.passes.sensitivity import USUAL_PATTERNS
+from nmgraph.seeing import sensitivity as measure_sensitivity
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Measuring:
             "keep_dense": list(preset.keep_dense) if preset and asked.keep_dense is None else asked.keep_dense,
             "block_axis": preset.block_axis if preset and asked.block_axis is None else asked.block_axis,
         }
-        found = api.sensitivity(
+        found = measure_sensitivity(
             model,
             inputs or find_inputs(model, None),
             labels=labels,
