@@ -68,6 +68,7 @@ def inspect(
     selection = select(skip, include, layers, keep_dense, block_axis, published)
     inputs = make_inputs(example_inputs) if example_inputs is not None else usual_inputs(model)
     planned = plan(model, recipe, selection, inputs=inputs, progress=progress)
+    require_finite(planned.decisions)
     progress("counting operations")
     macs = None if inputs is None else count_macs(model, inputs.call)
     progress("comparing methods")

@@ -65,12 +65,12 @@ class TrainingCost:
     @property
     def ratio(self) -> float:
         """Needed over dense MACs of the run."""
-        return sum(self.needed) / sum(self.dense)
+        return _over(sum(self.needed), sum(self.dense))
 
     @property
     def ratio_on_24(self) -> float:
         """MACs on sparse tensor cores over dense MACs of the run."""
-        return sum(self.on_24) / sum(self.dense)
+        return _over(sum(self.on_24), sum(self.dense))
 
 
 def plan_cost(
@@ -119,10 +119,14 @@ def _cost(macs: ModelMacs, shares: Mapping[str, Share], patterns: Mapping[str, P
         shares,
         _sum(macs, {site: share.needed for site, share in shares.items()}),
         _sum(macs, {site: share.on_24 for site, share in shares.items()}),
-        _sum(macs, {site: share.needed for site, share in reached.items()})[0] / max(forward.forward, 1),
-        _sum(macs, {site: share.on_24 for site, share in reached.items()})[0] / max(forward.forward, 1),
+        _over(_sum(macs, {site: share.needed for site, share in reached.items()})[0], forward.forward),
+        _over(_sum(macs, {site: share.on_24 for site, share in reached.items()})[0], forward.forward),
         steps,
     )
+
+
+def _over(part: float, dense: float) -> float:
+    return part / dense if dense else 1.0  # of an empty batch
 
 
 def _sum(macs: ModelMacs, works: Mapping[str, Work]) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
 """Multiply-accumulate operations (MACs; two FLOPs each) of a model's layers, forward and backward apart.
 
 Shapes come from a forward under fake tensors, so they are those of the real model, whatever its forward does, and
-nothing is computed. A backward costs each weight as much as the forward, twice: once for the gradient of its input,
+nothing is computed unless a forward asks for values. A backward costs each weight as much as the forward, twice: once for the gradient of its input,
 if something before it is trained, and once for its own, if it is trained itself.
 """
 
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 from nmgraph.layers.kinds import is_layer
 from nmgraph.layers.masked import site_name, unmask_all
 from nmgraph.passes.structure import copy_structure, owner_of, share_parameters
-from nmgraph.passes.watch import fake_copy, watch_itself
+from nmgraph.passes.watch import Watched, fake_copy, watch_itself
 
 
 class Macs(NamedTuple):
@@ -59,7 +58,7 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> ModelMacs:
 
     Args:
         model: dense or converted, on any device, also meta; it is not changed.
-        run: runs the copy of the model that it is given.
+        run: runs the copy of the model that it is given; a second time, with values, if shapes are not enough for its forward.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
@@ -68,10 +67,16 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> ModelMacs:
     """
     dense = copy_structure(model, share_parameters)
     unmask_all(dense)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        copied = fake_copy(dense, fakes).eval()
-        reached = _note_reached_by_gradients(copied)
-        seen = watch_itself(copied, lambda model: run(_WithGradients(model)))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+            copied = fake_copy(dense, fakes).eval()
+            seen = _watch_with_gradients(copied, run)
+    except Exception:
+        if any(p.is_meta for p in dense.parameters()):
+            raise
+        # A forward that asks for values, such as which tokens go to an expert, says more with them, or why it fails.
+        copied = copy_structure(dense, share_parameters).eval()
+        seen = _watch_with_gradients(copied, run)
     names: dict[int, list[tuple[nn.Module, str, str]]] = {}  # of each parameter
     for name in seen.macs:
         owner, key = owner_of(copied, name)
@@ -80,35 +85,16 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> ModelMacs:
     for same in names.values():
         # One that an embedding shares with a layer is the layer's.
         owner, path, key = next((place for place in same if is_layer(place[0])), same[0])
-        macs, parameter = seen.macs[f"{path}.{key}".lstrip(".")], owner._parameters[key]
+        name, parameter = f"{path}.{key}".lstrip("."), owner._parameters[key]
         assert parameter is not None
-        layers[site_name(path, key)] = Macs(macs, macs * (path in reached), macs * parameter.requires_grad)
+        macs = seen.macs[name]
+        layers[site_name(path, key)] = Macs(macs, seen.reached_macs[name], macs * parameter.requires_grad)
     left = seen.all_macs - sum(m.forward for m in layers.values())
     return ModelMacs(layers, Macs(left, 2 * left, 0))
 
 
-def _note_reached_by_gradients(model: nn.Module) -> set[str]:
-    """Give a set that will hold the modules whose input depends on something trained, once the model has run."""
-    reached: set[str] = set()
-
-    def note(path: str, given: Any) -> None:
-        if any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(given)):
-            reached.add(path)
-
-    for path, module in model.named_modules():
-        module.register_forward_pre_hook(
-            lambda _module, args, kwargs, path=path: note(path, (args, kwargs)), with_kwargs=True
-        )
-    return reached
-
-
-class _WithGradients(nn.Module):
-    """Runs a model with gradients, also where the caller has turned them off."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.enable_grad():
-            return self.model(*args, **kwargs)
+def _watch_with_gradients(model: nn.Module, run: Callable[[nn.Module], Any]) -> Watched:
+    """Watch a run whose forward computes gradients, also where its caller has turned them off."""
+    model.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(True) and None)
+    with torch.enable_grad():
+        return watch_itself(model, run)

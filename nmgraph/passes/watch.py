@@ -35,12 +35,14 @@ class Watched:
         calls: how often each module was called, by qualified name.
         uses: of bare parameters in products, each once.
         macs: multiply-accumulate operations with each parameter, by its qualified name.
+        reached_macs: those of them whose other factor needs a gradient, where the run computes gradients.
         all_macs: those of all products, also between activations, as torch's own counter has them.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     uses: list[Use] = field(default_factory=list)
     macs: Counter[str] = field(default_factory=Counter)
+    reached_macs: Counter[str] = field(default_factory=Counter)
     all_macs: int = 0
 
 
@@ -139,6 +141,7 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 0 if args[6] else 1,
                 (args[0] if args[6] else out).numel() * args[1][0].numel(),
                 "conv",
+                args[0],
                 groups=args[8],
             )
         elif name in _PRODUCTS:
@@ -158,7 +161,7 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         span = self._span(weight)
         if span is None or len(span.shape) < 2:
             return
-        if other is not None and span.parameter not in self.held and _is_one_hot(other):
+        if function == "matmul" and other is not None and span.parameter not in self.held and _is_one_hot(other):
             function, axis = LOOKUP, None
         axes = tuple(span.axes.get(stride) if size > 1 else None for size, stride in _layout(weight))
         along = None if axis is None or span.computed else axis_of(axes, axis, len(span.shape), function)
@@ -168,7 +171,10 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if use not in self.found.uses and span.parameter not in self.held:
             self.found.uses.append(use)
         if axis is not None:
-            self.found.macs.update(dict.fromkeys(self.names[span.parameter], macs))
+            names = self.names[span.parameter]
+            self.found.macs.update(dict.fromkeys(names, macs))
+            if other is not None and other.requires_grad:
+                self.found.reached_macs.update(dict.fromkeys(names, macs))
 
     def _follow(self, name: str, out: Tensor, given: list[Tensor]) -> None:
         """Note what a new memory holds, if nothing but parameters and constants went into it."""
@@ -197,11 +203,9 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_one_hot(t: Tensor) -> bool:
-    return (
-        not (t.is_meta or isinstance(t, FakeTensor))
-        and bool(((t == 0) | (t == 1)).all())
-        and bool((t.sum(-1) == 1).all())
-    )
+    holds = ((t == 0) | (t == 1)).all() & (t.sum(-1) == 1).all()
+    # Under fake tensors what is computed of a real one is fake, too.
+    return not (holds.is_meta or isinstance(holds, FakeTensor)) and bool(holds)
 
 
 def _memory(t: Tensor) -> int:

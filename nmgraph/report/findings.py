@@ -291,6 +291,8 @@ def _cost(
         macs = count_macs(model, inputs_of(manifest).on_cpu(next(model.parameters()).dtype).call)
     except ExportError:
         return None  # a part of a model takes other inputs than the model that was converted
+    if not sum(macs.total):
+        return None  # it was converted with an empty batch
     if run is not None and run.records:
         return cost_of_run(macs, run)
     sparse = {name: (weight.told.method, weight.told.pattern) for name, weight in masked.items()}

@@ -126,3 +126,17 @@ def test_large_models_take_seconds():
         found = nmgraph.inspect(model)
         assert time.process_time() - begun < limit
         assert found.inference < 0.55
+
+
+def test_an_empty_batch_takes_no_operations_to_leave_out(tmp_path):
+    empty = torch.ones(0, 64)
+    found = nmgraph.inspect(nn.Linear(64, 64), example_inputs=empty)
+    assert (found.inference, {total.training for total in found.methods}) == (1.0, {1.0})
+    nmgraph.report(nmgraph.convert(nn.Linear(64, 64), example_inputs=empty), tmp_path / "page.html")
+
+
+def test_weights_that_convert_refuses_are_refused_alike():
+    model = nn.Linear(64, 64)
+    nn.init.constant_(model.weight, float("nan"))
+    with pytest.raises(ConversionError, match=r"4096 of 4096 weights are NaN or infinite"):
+        nmgraph.inspect(model)

@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nmgraph
 from nmgraph.accounting.macs import Macs, count_macs
+from nmgraph.errors import ExportError
+from nmgraph.export.inputs import make_inputs
 
 
 def resnet18():
@@ -42,7 +44,53 @@ def encoder():
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 6, 32)
 
 
-MODELS = [resnet18, vit, mobilenet, bert, encoder]
+class Attention(nn.Module):
+    """Its last layer is never called: attention reads the weight of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention = nn.Linear(16, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Functional(nn.Module):
+    """Two products in one module, whose input needs no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(32, 16)), nn.Parameter(torch.randn(8, 32))
+
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.linear(x, self.a).relu(), self.b)
+
+
+class Twice(nn.Module):
+    """One layer, called twice: only its second input needs a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+
+def attention():
+    return Attention(), torch.randn(2, 5, 16)
+
+
+def functional():
+    return Functional(), torch.randn(4, 16)
+
+
+def twice():
+    return Twice(), torch.randn(4, 16)
+
+
+MODELS = [attention, functional, twice, resnet18, vit, mobilenet, bert, encoder]
 
 
 def first(output):
@@ -113,3 +161,30 @@ def test_a_model_on_the_meta_device_costs_as_much():
     assert listed.macs_coverage == pytest.approx(
         nmgraph.manifest(nmgraph.convert(model, method="srste", example_inputs=x)).macs_coverage
     )
+
+
+class Routed(nn.Module):
+    """Which rows an expert gets, and whether it is called, depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x):
+        chosen, out = x.sum(-1) > 0, torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            if (chosen == i).any():
+                out[chosen == i] = expert(x[chosen == i])
+        return out
+
+
+def test_a_forward_that_asks_for_values_is_run_with_them():
+    x = torch.cat([torch.ones(3, 16), -torch.ones(1, 16)])
+    found = count_macs(Routed(), lambda m: m(x))
+    assert {site: macs.forward for site, macs in found.layers.items()} == {"experts.0": 256, "experts.1": 3 * 256}
+    assert nmgraph.inspect(Routed(), example_inputs=x).inference == 0.5
+
+
+def test_inputs_that_do_not_fit_are_called_so_by_the_models_name():
+    with pytest.raises(ExportError, match=r"Routed does not take the inputs 4x8 \(given\): "):
+        count_macs(Routed(), make_inputs(torch.ones(4, 8)).call)
