@@ -17,6 +17,7 @@ _INK, _LINE, _BLUE, _ORANGE = "#010203", "#010204", "#010205", "#010206"
 _VARIABLES = {_INK: "var(--soft)", _LINE: "var(--line)", _BLUE: "var(--blue)", _ORANGE: "var(--orange)"}
 _POINTS = 400
 _WIDE_RANGE = 30  # from the smallest to the largest value; beyond, a logarithmic axis shows more
+_HUGE = 1e100  # beyond, differences overflow
 _FLAT = 1e-3  # of a share that hardly moves, the rounding is not to fill the picture
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -77,6 +78,7 @@ def _draw(key: str, steps: np.ndarray, lines: Sequence[np.ndarray], *, share: bo
     parts = np.array_split(np.arange(len(steps)), min(_POINTS, len(steps)))
     merges: Sequence[Any] = (np.mean, np.min, np.max)
     steps = np.array([steps[part].mean() for part in parts])
+    lines = [np.clip(v, -_HUGE, _HUGE) for v in lines]
     lines = [np.array([merge(v[p]) for p in parts]) for v, merge in zip(lines, merges, strict=False)]
 
     def paint(axes: Any) -> None:

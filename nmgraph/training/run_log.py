@@ -37,6 +37,8 @@ QUANTITIES = {
     "frozen": "share of the blocks that would keep their mask in the next adaption",
     "live_combinations": "combinations of a block that are left",
 }
+_NO_LINE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+_BEGINNING = '{"kind": "run"'
 LOW, HIGH, BINS = -20.0, 4.0, 48  # of log2(|weight|); what lies beyond is counted at the ends
 
 
@@ -128,15 +130,16 @@ class RunLog:
         """
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(f"{path} cannot be read as a training log: {error}.") from error
         read: list[Run | Record | Picture] = []
         for number, line in enumerate(lines, 1):
             try:
                 read.append(_from_line(line))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                if number == len(lines):  # half of a line: it is being written, or the run was killed
+            except _NO_LINE as error:
+                # Half of a line: it is being written, or the run was killed, and perhaps went on.
+                if number == len(lines) or lines[number].startswith(_BEGINNING):
                     _log.warning("%s: line %d is not complete, and is left out.", path, number)
                     continue
                 raise FileError(
@@ -211,8 +214,11 @@ def _from_line(line: str) -> Run | Record | Picture:
             raise ValueError(f"format {version} is newer than this nmgraph, which reads {FORMAT}")
         run = Run(**values)
         _require(all(_is_count(n) for n in (run.step, run.total_steps, run.every)), "steps are no whole numbers")
-        told = [(layer["method"], layer["pattern"], layer["options"]) for layer in run.layers.values()]
-        _require(all(tuple(map(type, t)) == (str, str, dict) for t in told), "a layer is not described")
+        _require(run.total_steps > 0, "a run has no steps")
+        keys = {"method": str, "pattern": str, "options": dict, "splits_backward": bool}
+        told = [type(layer[key]) is kind for layer in run.layers.values() for key, kind in keys.items()]
+        _require(all(told), "a layer is not described")
+        _require(isinstance(run.versions, dict), "versions have no names")
         return run
     if kind == "record":
         record = Record(**values)

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class Telemetry:
     """
 
     def __init__(self, controller: Controller, sinks: Sequence[Sink], every: int | None = None) -> None:
+        if not isinstance(controller, Controller):
+            raise TrainingError(
+                f"record takes what nmgraph.attach gives, not a {type(controller).__name__}: "
+                "nmgraph.record(nmgraph.attach(model, optimizer, total_steps=...), ...)."
+            )
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise TrainingError(f"every={every!r} must be the number of steps between two records: 1 or more.")
         self.every = every or max(_SELDOM, controller.total_steps // _RECORDS)
@@ -68,13 +74,20 @@ class Telemetry:
             **metrics: single numbers; tensors are not read before the record.
 
         Raises:
-            TrainingError: if one has more than one element.
+            TrainingError: if one is no single real number.
         """
         for name, value in metrics.items():
             if isinstance(value, Tensor):
-                if value.numel() != 1:
-                    raise TrainingError(f"note({name}=...) takes one number, not a tensor of {list(value.shape)}.")
+                if value.numel() != 1 or value.is_complex():
+                    raise TrainingError(
+                        f"note({name}=...) takes one real number, not a tensor of {list(value.shape)} ({value.dtype})."
+                    )
                 value = value.detach().reshape(()).float()
+            else:
+                try:
+                    value = float(value)
+                except (TypeError, ValueError, OverflowError) as error:
+                    raise TrainingError(f"note({name}=...) takes one real number, not {value!r:.80}.") from error
             total, count = self._noted.get(name, (0.0, 0))
             self._noted[name] = (total + value, count + 1)
 
@@ -93,6 +106,10 @@ class Telemetry:
     def _look(self, step: int) -> None:
         if not (self._writes or self._gathers):
             return
+        if step < self._step:  # an earlier state was loaded: what was recorded since is history
+            run = _beginning(self._controller, self._weights, self.every)
+            self._entry(replace(run, step=max(0, step - 1)))
+            self._step = -1
         parts = _PICTURES * step // self._controller.total_steps
         pictured = self._step < 0 or parts > _PICTURES * self._step // self._controller.total_steps
         numbers: dict[str, dict[str, Tensor]] = {}

@@ -229,6 +229,16 @@ def test_report_without_matplotlib_says_what_to_install(run, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_of_a_run_that_diverged_are_drawn(run, tmp_path):
+    model, log, _ = run
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for i, line in enumerate(line for line in lines if line["kind"] == "record"):
+        line["metrics"]["loss"] = (-1) ** i * 1e308
+    (tmp_path / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = nmgraph.report(model, tmp_path / "report.html", log=tmp_path / "run.jsonl")
+    assert "<h3>loss</h3>" in page.read_text()
+
+
 def test_curves_of_long_runs_stay_small():
     from nmgraph.report.charts import draw_metric
     from nmgraph.training.run_log import Record, Run, RunLog

@@ -116,8 +116,11 @@ def test_metrics_are_means_since_the_record_before():
         telemetry.note(loss=value)
         optimizer.step()
     assert [r.metrics for r in records_of(entries)] == [{}, {"loss": 2.0}, {"loss": None}]
-    with pytest.raises(TrainingError, match=r"note\(loss=...\) takes one number, not a tensor of \[2\]"):
+    with pytest.raises(TrainingError, match=r"note\(loss=...\) takes one real number, not a tensor of \[2\]"):
         telemetry.note(loss=torch.ones(2))
+    for value in (None, "low", [1.0], 1j, torch.tensor(1j), 10**400):
+        with pytest.raises(TrainingError, match=r"note\(loss=...\) takes one real number, not "):
+            telemetry.note(loss=value)
 
 
 def test_pictures_show_a_corner_of_the_mask_and_all_magnitudes():
@@ -167,6 +170,43 @@ def test_a_log_that_was_cut_off_is_read_and_gone_on_with(tmp_path, caplog):
     assert path.read_text().startswith(text + "\n")
 
 
+def test_a_run_that_was_killed_while_it_wrote_goes_on_in_a_log_that_reads(tmp_path, caplog):
+    path, model = tmp_path / "run.jsonl", make()
+    train(model, 10, path)
+    path.write_bytes(path.read_bytes()[:-40])
+    train(model, 10, path, start=10)
+    with caplog.at_level(logging.WARNING, "nmgraph"):
+        assert [r.step for r in RunLog.read(path).records] == [0, 5, 10, 10, 15, 20]
+    assert "is not complete, and is left out" in caplog.text
+
+
+def test_an_editors_mark_at_the_beginning_is_no_harm(tmp_path):
+    path = tmp_path / "run.jsonl"
+    train(make(), 10, path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(RunLog.read(path).records) == 3
+
+
+def test_an_earlier_state_loaded_amid_a_run_makes_what_came_after_it_history(tmp_path):
+    path, model = tmp_path / "run.jsonl", make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    nmgraph.record(nmgraph.attach(model, optimizer, total_steps=20), path, every=2)
+
+    def step(count):
+        for _ in range(count):
+            model(torch.ones(1, 32)).sum().backward()
+            optimizer.step()
+
+    step(5)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    step(6)
+    model.load_state_dict(state)
+    step(15)
+    log = RunLog.read(path)
+    assert [r.step for r in log.records] == [0, 2, 4, *range(6, 21, 2)]
+    assert log.run.step == 5
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -174,6 +214,9 @@ def test_a_log_that_was_cut_off_is_read_and_gone_on_with(tmp_path, caplog):
         ('{"kind": "tune"}', "there is no kind 'tune'"),
         ('{"kind": "run", "format": 99}', "format 99 is newer than this nmgraph"),
         ("[]", "line 2 is no line of a training log"),
+        ('{"kind": "run", "format": 1, "step": 0, "total_steps": 0, "every": 1, "layers": {}, "versions": {}}', "no steps"),
+        ('{"kind": "run", "format": 1, "step": 0, "total_steps": 9, "every": 1, "layers": {}, "versions": []}', "no names"),
+        ('{"kind": "record", "step": 0, "seconds": 1%s, "metrics": {}, "layers": {}}' % ("0" * 400), "too large"),
     ],
 )
 def test_other_lines_are_named(tmp_path, line, said):
@@ -194,6 +237,8 @@ def test_files_that_cannot_be_logs_are_refused(tmp_path):
     ]:
         with pytest.raises((TrainingError, FileError), match=said):
             nmgraph.record(controller, given)
+    with pytest.raises(TrainingError, match=r"record takes what nmgraph.attach gives, not a Sequential"):
+        nmgraph.record(model, tmp_path / "run.jsonl")
     with pytest.raises(TrainingError, match="every=0 must be"):
         nmgraph.record(controller, every=0)
     (tmp_path / "empty.jsonl").write_text("")
