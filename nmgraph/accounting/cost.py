@@ -156,9 +156,9 @@ def _on_24(method: Method[Any], pattern: Pattern, densities: Sequence[float]) ->
 
 
 @lru_cache(maxsize=256)
-def _planned(method: Method[Any], pattern: Pattern, total_steps: int, steps: int | None = None) -> Share:
-    """Take the mean over the steps of a run, or over the first of them."""
-    clocks = (Clock(step, total_steps, 0.0) for step in range(total_steps if steps is None else steps))
+def _planned(method: Method[Any], pattern: Pattern, total_steps: int, first: int = 0, end: int | None = None) -> Share:
+    """Take the mean over the steps of a run, or over those from ``first`` to before ``end``."""
+    clocks = (Clock(step, total_steps, 0.0) for step in range(first, total_steps if end is None else end))
     works = [method.work(pattern, clock) for clock in clocks]
     return Share(_mean(works), _mean(_on_24(method, pattern, [work.forward for work in works])))
 
@@ -171,7 +171,8 @@ def _recorded(method: Method[Any], pattern: Pattern, kept: Sequence[tuple[int, f
     spans = [(after - before) for (before, _), (after, _) in itertools.pairwise(kept)]
     density = _weighted(((a + b) / 2 for (_, a), (_, b) in itertools.pairwise(kept)), spans)
     # What a gradient needs differs from what the forward needs by what the method does, not by what the masks are.
-    plan = _planned(method, pattern, total_steps, min(kept[-1][0], total_steps)).needed
+    end = min(kept[-1][0], total_steps)
+    plan = _planned(method, pattern, total_steps, min(kept[0][0], end - 1), end).needed
     needed = Work(
         density,
         min(1.0, density + plan.input_gradient - plan.forward),

@@ -109,7 +109,7 @@ class Exported:
                 f"{directory}: its report.json or manifest.json can't be read ({type(error).__name__}: {error}). "
                 "Export the model again with this nmgraph."
             ) from error
-        ours, theirs = ({e.name: tuple(e.shape) for e in m.converted} for m in (manifest, exported))
+        ours, theirs = ({e.name: (*e.shape, e.pattern) for e in m.converted} for m in (manifest, exported))
         other = [name for name in (*theirs, *ours) if ours.get(name) != theirs.get(name)]
         if other:
             raise FileError(
@@ -271,7 +271,7 @@ def gather(model: nn.Module, *, file: str = "", log: Path | None = None, export:
     ]
     clocks = [weight.clock.tolist() for weight in masked.values()]
     step, total = (min(clock[0] for clock in clocks), max(clock[1] for clock in clocks)) if clocks else (0, 0)
-    run = None if log is None else _read_log(log, manifest)
+    run = None if log is None else _read_log(log, manifest, masked)
     with torch.no_grad():
         pictures = {name: take_picture(weight, weight.mask()) for name, weight in masked.items()}
     findings = Findings(
@@ -318,12 +318,18 @@ def _compressed(entry: Entry, itemsize: int) -> int | None:
     return values * itemsize + packed_bytes(values, pattern.m)
 
 
-def _read_log(path: Path, manifest: Manifest) -> RunLog:
+def _read_log(path: Path, manifest: Manifest, masked: dict[str, MaskedWeight]) -> RunLog:
     log, names = RunLog.read(path), {e.name for e in manifest.converted}
     other = sorted(names ^ set(log.run.layers))
     if other:
         where = "the model has no such sparse layer" if other[0] in log.run.layers else "the log does not have it"
         raise FileError(f"{path} is the log of another model: of {other[0] or '(root)'}, {where}.")
+    for e in manifest.converted:
+        told = log.run.layers[e.name]
+        there = f"{told['method']} {told['pattern']}"
+        here = f"{masked[e.name].told.method.name if e.name in masked else told['method']} {e.pattern}"
+        if there != here:
+            raise FileError(f"{path} is the log of another model: {e.name or '(root)'} is {there} there, and {here} here.")
     return log
 
 

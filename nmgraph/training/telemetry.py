@@ -194,8 +194,10 @@ def take_picture(weight: MaskedWeight, mask: Tensor) -> LayerPicture:
     """Show a layer as it is now, with its mask in the weight's shape."""
     w_OSC = canonical(whole(weight.raw.detach()), weight.told.reduction_axis)
     mask_OSC = canonical(mask, weight.told.reduction_axis)
-    places = w_OSC.abs().float().log2().clamp(LOW, HIGH)
-    counts, kept = (torch.histc(t, BINS, LOW, HIGH).int().tolist() for t in (places, places[mask_OSC]))
+    places = ((w_OSC.abs().float().log2().clamp(LOW, HIGH) - LOW) * (BINS / (HIGH - LOW))).clamp(max=BINS - 1)
+    places = places.nan_to_num(BINS).long()
+    # histc counts in float32, up to 2 ** 24, and has no deterministic kernel on GPUs.
+    counts, kept = (t.flatten().bincount(minlength=BINS)[:BINS].tolist() for t in (places, places[mask_OSC]))
     corner = mask_OSC[:_SIDE, mask_OSC.shape[1] // 2, :_SIDE]
     return LayerPicture(corner.contiguous().cpu(), counts, kept)
 

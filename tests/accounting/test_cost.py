@@ -11,9 +11,10 @@ from nmgraph.accounting.macs import Macs, ModelMacs, count_macs
 from nmgraph.accounting.published import PRINTED, published_ratio
 from nmgraph.layers.masked import masked_weights
 from nmgraph.methods import METHODS, make_method
+from nmgraph.methods.contract import Clock
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.pattern import Pattern
-from nmgraph.training.run_log import RunLog
+from nmgraph.training.run_log import Record, Run, RunLog
 
 ONE = ModelMacs({"": Macs(3, 3, 3)}, Macs(0, 0, 0))
 # methods.md and docs/flops.md say where these come from.
@@ -106,6 +107,17 @@ def test_a_recorded_run_costs_what_was_planned(variant):
     # A stair is taken as a slope between two records; what lbc leaves is no lot.
     assert run.ratio == pytest.approx(plan.ratio, abs=0.08 if name == "lbc" else 0.015)
     assert run.ratio_on_24 == pytest.approx(plan.ratio_on_24, abs=0.02)
+
+
+def test_a_log_that_begins_amid_a_run_costs_what_its_own_steps_do():
+    method = make_method("maxq", {})
+    layer = {"method": "maxq", "options": {}, "pattern": "2:4", "splits_backward": False}
+    works = [method.work(Pattern(2, 4), Clock(step, 100, 0.0)) for step in range(100)]
+    records = [Record(step, 0.0, {}, {"": {"kept": works[min(step, 99)].forward}}) for step in range(60, 101)]
+    log = RunLog(Run(60, 100, 1, {"": layer}, {}), records)
+    needed = cost_of_run(ModelMacs({"": Macs(1, 1, 1)}, Macs(0, 0, 0)), log).needed
+    expected = [sum(column) / 40 for column in zip(*works[60:], strict=True)]
+    assert needed == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:16"])

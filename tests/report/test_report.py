@@ -124,6 +124,25 @@ def test_log_or_export_of_another_model_is_refused(run, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_log_or_export_of_another_method_or_pattern_is_refused(tmp_path):
+    def made(name, method, pattern):
+        model = nmgraph.convert(nn.Sequential(nn.Linear(16, 8)), method=method, pattern=pattern)
+        controller = nmgraph.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4)
+        nmgraph.record(controller, tmp_path / f"{name}.jsonl").close()
+        return model
+
+    model, other = made("model", "srste", "2:4"), made("other", "static", "1:4")
+    said = r"other.jsonl is the log of another model: 0 is static 1:4 there, and srste 2:4 here\."
+    with pytest.raises(FileError, match=said):
+        nmgraph.report(model, tmp_path / "page.html", log=tmp_path / "other.jsonl")
+    finished = nmgraph.finalize(made("third", "static", "2:4"))
+    with pytest.raises(FileError, match=r"0 is static 1:4 there, and static 2:4 here"):
+        nmgraph.report(finished, tmp_path / "page.html", log=tmp_path / "other.jsonl")
+    nmgraph.export(other, tmp_path / "export", onnx=False, safetensors=True)
+    with pytest.raises(FileError, match=r"is the export of another model: 0 is not the same in both"):
+        nmgraph.report(model, tmp_path / "page.html", export=tmp_path / "export")
+
+
 def test_hostile_names_stay_text(tmp_path):
     class Net(nn.Module):
         def __init__(self):

@@ -18,6 +18,7 @@ from nmgraph.errors import FileError, TrainingError
 from nmgraph.layers.masked import masked_weights
 from nmgraph.training.run_log import BINS, HIGH, LOW, QUANTITIES, JsonLines, Picture, Record, Run, RunLog, to_line
 from nmgraph.training.sinks import TensorBoard
+from nmgraph.training.telemetry import take_picture
 
 
 def make(method="srste", seed=0, **options):
@@ -132,6 +133,22 @@ def test_pictures_show_a_corner_of_the_mask_and_all_magnitudes():
     assert (sum(layer.magnitudes), sum(layer.kept)) == (512, 128)
     places = ((weight.raw.detach().abs().log2() - LOW) / (HIGH - LOW) * BINS).long().clamp(0, BINS - 1)
     assert torch.equal(torch.tensor(layer.magnitudes), torch.bincount(places.flatten(), minlength=BINS))
+
+
+def test_pictures_count_every_weight_of_a_large_layer():
+    model = nn.utils.skip_init(nn.Linear, 4104, 4104, bias=False)
+    nn.init.zeros_(model.weight)
+    nmgraph.convert(model, method="srste")
+    picture = take_picture(nm(model), torch.ones(4104, 4104, dtype=torch.bool))
+    assert picture.magnitudes[0] == picture.kept[0] == 4104**2 > 2**24
+
+
+def test_pictures_leave_out_what_is_no_number():
+    model = make(pattern="1:4")
+    with torch.no_grad():
+        nm(model[2]).raw[0, :4] = torch.tensor([float("nan"), float("inf"), 0.0, -1.0])
+    picture = take_picture(nm(model[2]), nm(model[2]).mask())
+    assert (sum(picture.magnitudes), picture.magnitudes[0], picture.magnitudes[-1]) == (511, 1, 1)
 
 
 def test_a_log_reads_back_as_it_was_written(tmp_path):
