@@ -26,7 +26,8 @@ class Csv:
         """Append the rows of one record; what stands there stays."""
         if not isinstance(entry, Record):
             return
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        # A name may hold half a character, which must not end a run.
+        with self.path.open("a", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             if file.tell() == 0:
                 writer.writerow(("step", "seconds", "site", "quantity", "value"))

@@ -283,6 +283,14 @@ def test_csv_has_a_row_for_each_number(tmp_path):
     assert {r["quantity"] for r in rows if not r["site"]} == {"loss", "rate"}
 
 
+def test_names_that_no_file_can_hold_do_not_end_a_run(tmp_path):
+    model = nn.Sequential()
+    model._modules["half \ud800"] = nn.Linear(32, 16)
+    train(nmgraph.convert(model, method="srste"), 5, tmp_path / "run.csv", tmp_path / "run.jsonl")
+    assert "half \\ud800" in (tmp_path / "run.csv").read_text(encoding="utf-8")
+    assert list(RunLog.read(tmp_path / "run.jsonl").run.layers) == ["half \ud800"]
+
+
 def test_tensorboard_reads_what_is_sent_to_it(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
