@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any
 
@@ -44,19 +45,29 @@ def make_method(method: str | Method[Any], options: dict[str, Any] | None = None
                 f"Set them where it is made: {type(method).__name__}({', '.join(f'{k}=...' for k in options)})."
             )
         return method
-    if method not in METHODS:
-        raise MethodError(f"there is no method {method!r}.{_near(str(method), list(METHODS))} See `nmgraph methods`.")
-    cls = METHODS[method]
-    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(cls)}
+    defaults = defaults_of(method, options)
     for key, value in options.items():
-        if key not in defaults:
-            raise MethodError(f"{method} has no option {key!r}.{_near(key, list(defaults))}")
         expected = type(defaults[key])
         if isinstance(value, bool) is not (expected is bool) or not isinstance(
             value, (int, float) if expected is float else expected
         ):
             raise MethodError(f"{method}: {key}={value!r} should be a {expected.__name__}, like {defaults[key]!r}.")
-    return cls(**options)
+    return METHODS[method](**options)
+
+
+def defaults_of(method: str, wanted: Iterable[str] = ()) -> dict[str, Any]:
+    """Give the options of a method, as they are if nothing is said.
+
+    Raises:
+        MethodError: for an unknown name of a method, or of a wanted option.
+    """
+    if method not in METHODS:
+        raise MethodError(f"there is no method {method!r}.{_near(str(method), list(METHODS))} See `nmgraph methods`.")
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(METHODS[method])}
+    unknown = next((key for key in wanted if key not in defaults), None)
+    if unknown is not None:
+        raise MethodError(f"{method} has no option {unknown!r}.{_near(unknown, list(defaults))}")
+    return defaults
 
 
 def find_preset(method: str | Method[Any], name: str) -> Preset:

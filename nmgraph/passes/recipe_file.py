@@ -16,6 +16,7 @@ from typing import Any
 
 from nmgraph.errors import FileError, PatternError
 from nmgraph.files import require_writable, written_atomically
+from nmgraph.methods import defaults_of
 from nmgraph.nm.pattern import Pattern
 
 VERSION_KEY, VERSION = "nmgraph_recipe", 1
@@ -41,7 +42,12 @@ class RecipeFile:
     mode: str = "auto"
 
     def arguments(self) -> dict[str, Any]:
-        """Give the keyword arguments of ``convert``."""
+        """Give the keyword arguments of ``convert``.
+
+        Raises:
+            MethodError: for options that are not the method's; some have names of other arguments.
+        """
+        defaults_of(self.method, self.options)
         named = asdict(self)
         return {**named.pop("options"), **named}
 
@@ -89,7 +95,7 @@ def read_recipe(path: Path) -> RecipeFile:
         FileError: naming the key, what was found and what is expected.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark at the beginning
         values = json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number)
     except FileNotFoundError as error:
         raise FileError(f"{path} does not exist.") from error

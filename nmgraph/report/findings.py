@@ -15,7 +15,7 @@ from torch import nn
 
 from nmgraph.accounting.cost import TrainingCost, cost_of_run, plan_cost
 from nmgraph.accounting.macs import count_macs
-from nmgraph.errors import ExportError, FileError
+from nmgraph.errors import ConversionError, ExportError, FileError
 from nmgraph.export.inputs import inputs_of
 from nmgraph.layers.masked import MaskedWeight, buffer_names, masked_weights
 from nmgraph.nm.packing import packed_bytes
@@ -258,10 +258,14 @@ def gather(model: nn.Module, *, file: str = "", log: Path | None = None, export:
         export: a directory, as ``nmgraph.export`` writes it.
 
     Raises:
-        ConversionError: if the model was not converted.
+        ConversionError: if the model was not converted, or has no values.
         FileError: if log or export cannot be read, or belong to another model.
     """
     manifest, masked = require_manifest(model), masked_weights(model)
+    if any(p.is_meta for p in model.parameters()):
+        raise ConversionError(
+            f"{type(model).__name__} is on the meta device, so there are no weights to look at. Load them first."
+        )
     verification = verify_model(model)
     checks = {check.name: check for check in verification.checks}
     named, usual = dict(model.named_parameters(remove_duplicate=False)), next(model.parameters())
@@ -319,15 +323,18 @@ def _compressed(entry: Entry, itemsize: int) -> int | None:
 
 
 def _read_log(path: Path, manifest: Manifest, masked: dict[str, MaskedWeight]) -> RunLog:
-    log, names = RunLog.read(path), {e.name for e in manifest.converted}
-    other = sorted(names ^ set(log.run.layers))
+    log, converted = RunLog.read(path), {e.name: e for e in manifest.converted}
+    other = sorted(set(log.run.layers) - converted.keys())
     if other:
-        where = "the model has no such sparse layer" if other[0] in log.run.layers else "the log does not have it"
-        raise FileError(f"{path} is the log of another model: of {other[0] or '(root)'}, {where}.")
-    for e in manifest.converted:
+        raise FileError(
+            f"{path} is the log of another model: of {other[0] or '(root)'}, the model has no such sparse layer."
+        )
+    if not log.run.layers:
+        raise FileError(f"{path} is the log of another model: it has none of the sparse layers.")
+    for e in (converted[name] for name in log.run.layers):
         told = log.run.layers[e.name]
-        there = f"{told['method']} {told['pattern']}"
-        here = f"{masked[e.name].told.method.name if e.name in masked else told['method']} {e.pattern}"
+        method = masked[e.name].told.method.name if e.name in masked else told["method"]
+        there, here = f"{told['method']} {told['pattern']} of {told['shape']}", f"{method} {e.pattern} of {list(e.shape)}"
         if there != here:
             raise FileError(f"{path} is the log of another model: {e.name or '(root)'} is {there} there, and {here} here.")
     return log
@@ -361,6 +368,12 @@ def _doubts(found: Findings, masked: bool) -> list[str]:
     if found.log is None or not found.log.records:
         return []
     last, doubts = found.log.records[-1].step, []
+    left = [layer.entry.name for layer in found.converted if layer.entry.name not in found.log.run.layers]
+    if left:
+        doubts.append(
+            f"The log is of a part of the model: its optimizer did not train {left[0] or '(root)'}"
+            f"{f' and {len(left) - 1} more' if len(left) > 1 else ''}, counted as dense in the cost of training."
+        )
     if masked and last != found.step:
         doubts.append(f"The log ends at step {last:,}, but the model is at step {found.step:,}.")
     if masked and found.log.run.total_steps != found.total_steps:

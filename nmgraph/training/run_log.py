@@ -152,18 +152,20 @@ class RunLog:
         run: Run | None = None
         records: list[Record] = []
         pictures: list[Picture] = []
+        last = {Record: -1, Picture: -1}
         for entry in read:
             if isinstance(entry, Run):
                 run = entry
                 records = [r for r in records if r.step <= run.step and run.step > 0]
                 pictures = [p for p in pictures if p.step <= run.step and run.step > 0]
+                last = dict.fromkeys(last, run.step - 1)  # its first is of the step at which it begins
                 continue
-            former: Sequence[Record | Picture] = records if isinstance(entry, Record) else pictures
-            if former and former[-1].step > entry.step:
+            if entry.step <= last[type(entry)]:
                 raise FileError(
-                    f"{path}: a {type(entry).__name__.lower()} of step {entry.step} comes after one of step {former[-1].step}. "
+                    f"{path}: a {type(entry).__name__.lower()} of step {entry.step} comes after one of step {last[type(entry)]}. "
                     "Two runs wrote into one log; give each its own."
                 )
+            last[type(entry)] = entry.step
             if isinstance(entry, Record):
                 records.append(entry)
             else:
@@ -215,7 +217,7 @@ def _from_line(line: str) -> Run | Record | Picture:
         run = Run(**values)
         _require(all(_is_count(n) for n in (run.step, run.total_steps, run.every)), "steps are no whole numbers")
         _require(run.total_steps > 0, "a run has no steps")
-        keys = {"method": str, "pattern": str, "options": dict, "splits_backward": bool}
+        keys = {"method": str, "pattern": str, "options": dict, "shape": list, "splits_backward": bool}
         told = [type(layer[key]) is kind for layer in run.layers.values() for key, kind in keys.items()]
         _require(all(told), "a layer is not described")
         _require(isinstance(run.versions, dict), "versions have no names")

@@ -8,7 +8,7 @@ import torch
 from models import mlp
 
 import nmgraph
-from nmgraph.errors import FileError
+from nmgraph.errors import FileError, MethodError
 from nmgraph.passes.recipe_file import RecipeFile, read_recipe
 
 EVERYTHING = RecipeFile(
@@ -43,6 +43,12 @@ def test_convert_takes_what_a_recipe_gives():
     model = nmgraph.convert(mlp(), **told.arguments())
     assert [(e.name, e.pattern) for e in nmgraph.manifest(model).converted] == [("0", "1:4"), ("2", "1:8")]
     assert nmgraph.manifest(model).method == "gradual"
+
+
+@pytest.mark.parametrize("name", ["pattern", "model", "progress", "t"])
+def test_options_are_the_methods_own_and_no_other_arguments(name):
+    with pytest.raises(MethodError, match=f"lbc has no option {name!r}"):
+        RecipeFile(options={name: "1:4"}).arguments()
 
 
 def test_what_is_given_beside_a_recipe_counts_more():
@@ -105,6 +111,11 @@ def test_a_recipe_that_is_not_there_or_not_text_is_said(tmp_path):
     torch.save(mlp(), tmp_path / "net.pt")
     with pytest.raises(FileError, match=r"is no recipe: it can't be read as JSON \('utf-8' codec"):
         read_recipe(tmp_path / "net.pt")
+
+
+def test_an_editors_mark_at_the_beginning_is_no_harm(tmp_path):
+    (tmp_path / "r.json").write_bytes(b'\xef\xbb\xbf{"nmgraph_recipe": 1}')
+    assert read_recipe(tmp_path / "r.json") == RecipeFile()
 
 
 def test_an_earlier_recipe_is_kept_unless_it_may_be_replaced(tmp_path):

@@ -14,6 +14,7 @@ from torch import nn
 import nmgraph
 from nmgraph.errors import ConversionError, FileError, MissingPackageError
 from nmgraph.report.findings import gather
+from nmgraph.training.run_log import RunLog
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>&\"'$x$\ud800"
 
@@ -117,7 +118,7 @@ def test_log_that_goes_on_after_the_model_was_saved_is_doubted(run, tmp_path):
 def test_log_or_export_of_another_model_is_refused(run, tmp_path):
     _, log, export = run
     other = nmgraph.convert(mlp(), method="lbc")
-    with pytest.raises(FileError, match=r"run\.jsonl is the log of another model: of 0, the log does not have it\."):
+    with pytest.raises(FileError, match=r"run\.jsonl is the log of another model: of 6, the model has no such sparse layer\."):
         nmgraph.report(other, tmp_path / "report.html", log=log)
     with pytest.raises(FileError, match=r"net-export is the export of another model: 2 is not the same in both\."):
         nmgraph.report(other, tmp_path / "report.html", export=export)
@@ -132,11 +133,11 @@ def test_log_or_export_of_another_method_or_pattern_is_refused(tmp_path):
         return model
 
     model, other = made("model", "srste", "2:4"), made("other", "static", "1:4")
-    said = r"other.jsonl is the log of another model: 0 is static 1:4 there, and srste 2:4 here\."
+    said = r"other.jsonl is the log of another model: 0 is static 1:4 of \[8, 16\] there, and srste 2:4 of \[8, 16\] here\."
     with pytest.raises(FileError, match=said):
         nmgraph.report(model, tmp_path / "page.html", log=tmp_path / "other.jsonl")
     finished = nmgraph.finalize(made("third", "static", "2:4"))
-    with pytest.raises(FileError, match=r"0 is static 1:4 there, and static 2:4 here"):
+    with pytest.raises(FileError, match=r"0 is static 1:4 of .* there, and static 2:4 of .* here"):
         nmgraph.report(finished, tmp_path / "page.html", log=tmp_path / "other.jsonl")
     nmgraph.export(other, tmp_path / "export", onnx=False, safetensors=True)
     with pytest.raises(FileError, match=r"is the export of another model: 0 is not the same in both"):
@@ -222,6 +223,35 @@ def test_log_of_a_run_that_stopped_and_went_on_at_once_has_a_cost(tmp_path):
     (tmp_path / "resumed.jsonl").write_text("\n".join([stopped, last, stopped, last, ""]))
     found = gather(model, log=tmp_path / "resumed.jsonl")
     assert found.summary()["training_macs"]["over_dense"] <= 1
+
+
+def test_log_of_a_part_of_the_model_is_shown_and_what_it_lacks_is_said(tmp_path):
+    model = nmgraph.convert(mlp(), method="srste")
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    nmgraph.record(nmgraph.attach(model, optimizer, total_steps=4), tmp_path / "run.jsonl").close()
+    page = nmgraph.report(model, tmp_path / "page.html", log=tmp_path / "run.jsonl")
+    assert "The log is of a part of the model: its optimizer did not train 0, counted as dense" in words(page)
+
+
+def test_model_without_values_is_refused(tmp_path):
+    with torch.device("meta"):
+        model = nmgraph.convert(mlp(), method="srste")
+    with pytest.raises(ConversionError, match=r"is on the meta device, so there are no weights to look at\."):
+        nmgraph.report(model, tmp_path / "page.html")
+
+
+def test_log_that_two_runs_wrote_step_by_step_is_refused(tmp_path):
+    def begun():
+        model = nmgraph.convert(mlp(), method="srste")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        nmgraph.record(nmgraph.attach(model, optimizer, total_steps=4), tmp_path / "run.jsonl", every=1)
+        return optimizer
+
+    for optimizer in [begun(), begun()] * 3:
+        optimizer.step()
+    with pytest.raises(FileError, match=r"a record of step 1 comes after one of step 1\. Two runs wrote into one log"):
+        RunLog.read(tmp_path / "run.jsonl")
 
 
 def test_log_that_two_runs_wrote_is_refused(run, tmp_path):
