@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from nmgraph.layers.kinds import is_layer
 from nmgraph.passes.products import LOOKUP, OPERANDS, Use, axis_of
@@ -24,6 +25,7 @@ from nmgraph.passes.structure import copy_structure, share_parameters
 
 _PRODUCTS = {name: OPERANDS[name][1] for name in ("mm", "bmm", "addmm", "baddbmm", "linear")}
 _PRODUCTS |= {"_grouped_mm": _PRODUCTS["mm"], "_addmm_activation": _PRODUCTS["addmm"]}
+_ATTENTION_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"  # torch 2.13 counts only those of GPUs
 _COPIES = {"_to_copy", "clone", "copy"}
 
 
@@ -36,7 +38,7 @@ class Watched:
         uses: of bare parameters in products, each once.
         macs: multiply-accumulate operations with each parameter, by its qualified name.
         reached_macs: those of them whose other factor needs a gradient, where the run computes gradients.
-        all_macs: those of all products, also between activations, as torch's own counter has them.
+        all_macs: those of all products, also between activations.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -135,6 +137,8 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in flop_registry:
             self.found.all_macs += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out) // 2
+        elif name == _ATTENTION_ON_CPU:
+            self.found.all_macs += sdpa_flop_count(*(t.shape for t in args[:3])) // 2
         if name == "convolution":
             self._note(
                 args[1],
@@ -145,14 +149,20 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 groups=args[8],
             )
         elif name in _PRODUCTS:
+            if func.overloadpacket not in flop_registry:
+                place, axis = next(iter(_PRODUCTS[name].items()))
+                self.found.all_macs += out.numel() * args[place].shape[axis]
             both = 3 if 2 in _PRODUCTS[name] else 1  # the places of the two factors, added
             for place, axis in _PRODUCTS[name].items():
                 summed = args[place].shape[axis]
                 self._note(args[place], axis, out.numel() * summed, "matmul", args[both - place])
         elif name == "embedding":
             self._note(args[0], None, 0, "embedding")
-        elif isinstance(out, Tensor):
-            self._follow(name, out, [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)])
+        else:
+            given = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
+            for made in tree_leaves(out):
+                if isinstance(made, Tensor):
+                    self._follow(name, made, given)
         return out
 
     def _note(
