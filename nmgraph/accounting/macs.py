@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nmgraph.layers.kinds import is_layer
 from nmgraph.layers.masked import site_name, unmask_all
 from nmgraph.passes.structure import copy_structure, owner_of, share_parameters
-from nmgraph.passes.watch import Watched, fake_copy, watch_itself
+from nmgraph.passes.watch import Watched, fake_copy, fake_tensors, watch_itself
 
 
 class Macs(NamedTuple):
@@ -68,7 +67,7 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> ModelMacs:
     dense = copy_structure(model, share_parameters)
     unmask_all(dense)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        with fake_tensors() as fakes:
             copied = fake_copy(dense, fakes).eval()
             seen = _watch_with_gradients(copied, run)
     except Exception:

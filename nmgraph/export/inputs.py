@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nmgraph.errors import ExportError, first_line
 from nmgraph.layers.kinds import is_layer
 from nmgraph.passes.manifest import Manifest
 from nmgraph.passes.structure import copy_structure, share_parameters
-from nmgraph.passes.watch import fake_copy
+from nmgraph.passes.watch import fake_copy, fake_tensors
 
 DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64,
@@ -209,7 +208,7 @@ def inputs_of(manifest: Manifest) -> Inputs:
 
 def _try(inputs: Inputs, model: nn.Module) -> None:
     if any(p.is_meta for p in model.parameters()):
-        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        with fake_tensors() as fakes:
             inputs.call(fake_copy(model, fakes))
     else:
         inputs.call(copy_structure(model, share_parameters))

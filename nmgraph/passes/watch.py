@@ -7,8 +7,10 @@ split view still has the strides of its parameter's axes.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,9 +56,21 @@ def watch(model: nn.Module, run: Callable[[nn.Module], Any]) -> Watched:
     Of a model on the meta device only shapes are computed: what depends on values is not seen.
     """
     if any(p.is_meta for p in model.parameters()):
-        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        with fake_tensors() as fakes:
             return watch_itself(fake_copy(model, fakes).eval(), run)
     return watch_itself(copy_structure(model, share_parameters).eval(), run)
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Compute shapes alone; what can't be done with them raises, and is not logged besides."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+            yield fakes
+    finally:
+        log.disabled = before
 
 
 def fake_copy(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
@@ -138,7 +152,7 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.overloadpacket in flop_registry:
             self.found.all_macs += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out) // 2
         elif name == _ATTENTION_ON_CPU:
-            self.found.all_macs += sdpa_flop_count(*(t.shape for t in args[:3])) // 2
+            self.found.all_macs += sdpa_flop_count(*(t.shape for t in args[:3])) // 2  # type: ignore[no-untyped-call]
         if name == "convolution":
             self._note(
                 args[1],

@@ -334,9 +334,14 @@ def _read_log(path: Path, manifest: Manifest, masked: dict[str, MaskedWeight]) -
     for e in (converted[name] for name in log.run.layers):
         told = log.run.layers[e.name]
         method = masked[e.name].told.method.name if e.name in masked else told["method"]
-        there, here = f"{told['method']} {told['pattern']} of {told['shape']}", f"{method} {e.pattern} of {list(e.shape)}"
+        there, here = (
+            f"{told['method']} {told['pattern']} of {told['shape']}",
+            f"{method} {e.pattern} of {list(e.shape)}",
+        )
         if there != here:
-            raise FileError(f"{path} is the log of another model: {e.name or '(root)'} is {there} there, and {here} here.")
+            raise FileError(
+                f"{path} is the log of another model: {e.name or '(root)'} is {there} there, and {here} here."
+            )
     return log
 
 

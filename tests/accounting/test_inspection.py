@@ -1,6 +1,7 @@
 """What `inspect` shows before anything is changed."""
 
 import io
+import logging
 import time
 
 import pytest
@@ -140,3 +141,16 @@ def test_weights_that_convert_refuses_are_refused_alike():
     nn.init.constant_(model.weight, float("nan"))
     with pytest.raises(ConversionError, match=r"4096 of 4096 weights are NaN or infinite"):
         nmgraph.inspect(model)
+
+
+def test_guesses_that_fail_on_a_model_without_values_are_not_logged():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(8, 64, 3), nn.Flatten(), nn.Linear(64, 64))
+    log, said = logging.getLogger("torch._subclasses.fake_tensor"), io.StringIO()
+    handler = logging.StreamHandler(said)
+    log.addHandler(handler)
+    try:
+        assert nmgraph.inspect(model).inference is None
+    finally:
+        log.removeHandler(handler)
+    assert said.getvalue() == ""

@@ -38,7 +38,14 @@ def resnet50(folder):
     model = nmgraph.convert(resnet50(weights=None), method="srste")
     weights = masked_weights(model)
     layers = {
-        name: {"method": "srste", "options": {}, "pattern": "2:4", "shape": list(weight.raw.shape), "axis": 1, "splits_backward": False}
+        name: {
+            "method": "srste",
+            "options": {},
+            "pattern": "2:4",
+            "shape": list(weight.raw.shape),
+            "axis": 1,
+            "splits_backward": False,
+        }
         for name, weight in weights.items()
     }
     noise = torch.rand(200, len(layers)).tolist()

@@ -118,7 +118,9 @@ def test_log_that_goes_on_after_the_model_was_saved_is_doubted(run, tmp_path):
 def test_log_or_export_of_another_model_is_refused(run, tmp_path):
     _, log, export = run
     other = nmgraph.convert(mlp(), method="lbc")
-    with pytest.raises(FileError, match=r"run\.jsonl is the log of another model: of 6, the model has no such sparse layer\."):
+    with pytest.raises(
+        FileError, match=r"run\.jsonl is the log of another model: of 6, the model has no such sparse layer\."
+    ):
         nmgraph.report(other, tmp_path / "report.html", log=log)
     with pytest.raises(FileError, match=r"net-export is the export of another model: 2 is not the same in both\."):
         nmgraph.report(other, tmp_path / "report.html", export=export)

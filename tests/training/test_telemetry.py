@@ -231,8 +231,14 @@ def test_an_earlier_state_loaded_amid_a_run_makes_what_came_after_it_history(tmp
         ('{"kind": "tune"}', "there is no kind 'tune'"),
         ('{"kind": "run", "format": 99}', "format 99 is newer than this nmgraph"),
         ("[]", "line 2 is no line of a training log"),
-        ('{"kind": "run", "format": 1, "step": 0, "total_steps": 0, "every": 1, "layers": {}, "versions": {}}', "no steps"),
-        ('{"kind": "run", "format": 1, "step": 0, "total_steps": 9, "every": 1, "layers": {}, "versions": []}', "no names"),
+        (
+            '{"kind": "run", "format": 1, "step": 0, "total_steps": 0, "every": 1, "layers": {}, "versions": {}}',
+            "no steps",
+        ),
+        (
+            '{"kind": "run", "format": 1, "step": 0, "total_steps": 9, "every": 1, "layers": {}, "versions": []}',
+            "no names",
+        ),
         ('{"kind": "record", "step": 0, "seconds": 1%s, "metrics": {}, "layers": {}}' % ("0" * 400), "too large"),
     ],
 )
