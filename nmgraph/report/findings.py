@@ -334,6 +334,12 @@ def _compressed(entry: Entry, itemsize: int) -> int | None:
 
 def _read_log(path: Path, manifest: Manifest) -> RunLog:
     log, names = RunLog.read(path), {e.name for e in manifest.converted}
+    first = next(iter(log.run.layers), "")
+    prefix = next(
+        (first.removesuffix(name) for name in sorted(names, key=len, reverse=True) if first.endswith(f".{name}")), ""
+    )
+    if {f"{prefix}{name}" for name in names} <= set(log.run.layers):
+        log = log.of_part(prefix)  # the model was trained inside of another, such as a LightningModule
     other = sorted(names ^ set(log.run.layers))
     if other:
         where = "the model has no such sparse layer" if other[0] in log.run.layers else "the log does not have it"
