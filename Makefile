@@ -46,6 +46,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/seeing.py
 	$(BIN)/python benchmarks/transposable.py
 	$(BIN)/python benchmarks/row_permutation.py
 	$(BIN)/python benchmarks/step_time.py

@@ -30,18 +30,16 @@ QUICK_METHODS = ("srste",)
 
 def measure(quick: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    rounds = 4 if quick else 15
-    models = ["resnet20"] if quick else list(MODELS)
+    rounds = {"resnet20": 4} if quick else {"resnet20": 15, "deit_small": 4}
     rows = [
-        telemetry(model, method, rounds, Path(folder))
-        for model in models
+        telemetry(model, method, count)
+        for model, count in rounds.items()
         for method in (QUICK_METHODS if quick else METHODS)
-        for folder in [tempfile.mkdtemp()]
     ]
     return {"telemetry": rows, "inspect": [] if quick else inspect()}
 
 
-def telemetry(name: str, method: str, rounds: int, folder: Path) -> dict[str, Any]:
+def telemetry(name: str, method: str, rounds: int) -> dict[str, Any]:
     make, side, batch = MODELS[name]
     model = nmgraph.convert(make(), method=method)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -56,10 +54,11 @@ def telemetry(name: str, method: str, rounds: int, folder: Path) -> dict[str, An
         loss.backward()
         optimizer.step()
 
+    log = Path(tempfile.mkdtemp()) / "run.jsonl"
     seconds: dict[str, list[float]] = {"plain": [], "recording": [], "record": []}
     for round_ in range(rounds + 2):
         taken = {"plain": timed(step)[1][1]}
-        watching = nmgraph.record(controller, folder / "run.jsonl", every=STEPS)
+        watching = nmgraph.record(controller, log, every=STEPS)
         taken["recording"] = timed(lambda watching=watching: step(watching))[1][1]
         taken["record"] = timed(lambda watching=watching: watching._look(controller.step))[1][1]
         watching.close()
