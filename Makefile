@@ -47,6 +47,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/seeing.py
+	$(BIN)/python benchmarks/sensitivity.py
 	$(BIN)/python benchmarks/transposable.py
 	$(BIN)/python benchmarks/row_permutation.py
 	$(BIN)/python benchmarks/step_time.py
