@@ -11,12 +11,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 COG := OMP_NUM_THREADS=1 $(BIN)/cog --verbosity=0 -I docs -p "import outputs"
 PAGES = $(shell grep --recursive --files-with-matches --fixed-strings --include=*.md "[[[cog" README.md docs)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO_INSTALLED := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint docs outputs browser bench bindings
 .DELETE_ON_ERROR:
 
-demo: $(INSTALLED)
+demo: $(DEMO_INSTALLED)
 	$(BIN)/python examples/demo_digits.py --out demo-output
 
 test: $(INSTALLED)
@@ -46,6 +48,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/seeing.py
+	$(BIN)/python benchmarks/sensitivity.py
 	$(BIN)/python benchmarks/transposable.py
 	$(BIN)/python benchmarks/row_permutation.py
 	$(BIN)/python benchmarks/step_time.py
@@ -58,10 +62,14 @@ bindings: $(INSTALLED)
 	$(BIN)/python tests/export/bindings_wheels.py fetch
 
 # torch comes first and pinned, so that nothing after it pulls another build; what needs torch itself (tests only) comes without
-# its dependencies, for the same reason.
-$(INSTALLED): pyproject.toml constraints.txt
+# its dependencies, for the same reason. The demo needs less than the rest.
+$(DEMO_INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,test,lint,docs]" --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision timm transformers tokenizers accelerate lightning lightning-utilities torchmetrics --constraint constraints.txt
+	$(PIP) torch --constraint constraints.txt
+	$(PIP) --editable ".[demo]" --constraint constraints.txt
+	@touch $@
+
+$(INSTALLED): $(DEMO_INSTALLED)
+	$(PIP) --editable ".[demo,test,lint,docs]" --constraint constraints.txt
+	$(PIP) --no-deps torchvision timm transformers tokenizers accelerate lightning lightning-utilities torchmetrics --constraint constraints.txt
 	@touch $@

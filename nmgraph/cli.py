@@ -158,11 +158,18 @@ def inspect(
             keep_dense=keep_dense, block_axis=block_axis, preset=preset,
         )  # fmt: skip
         dense = read_dense(model, factory=factory, trust=trust)
-        inputs = _inputs(input)
+        read, labels = measuring.read(dense.model) if measuring else (None, None)
+        inputs = read or _inputs(input)
         found = nmgraph.inspect(dense.model, example_inputs=inputs, progress=progress, **asked.plan_arguments())
-        more, tables, notes = measuring.run(dense.model, asked, inputs, progress) if measuring else ({}, [], [])
-        values = found.to_dict() | {"notes": dense.notes} | more
-        give(Answer(values, Group(found, *tables), str(found), "\n".join([*dense.notes, *notes])))
+        values, shown, notes = found.to_dict() | {"notes": dense.notes}, Group(found), list(dense.notes)
+        if not measuring:
+            give(Answer(values, shown, str(found), "\n".join(notes)))
+            return
+        measured = measuring.run(dense.model, asked, inputs, labels, progress)
+        if recipe_file:
+            again = ["nmgraph", "convert", str(model), *_made_by(factory, trust), "--recipe", str(recipe_file)]
+            notes.append(f"Wrote {recipe_file}. Convert with it: {typed(again)}")
+        give(Answer(values | measured.values, Group(shown, *measured.shown), measured.brief, "\n".join(notes)))
 
 
 @app.command(epilog=manual.CONVERT)
@@ -211,8 +218,7 @@ def convert(
         nmgraph.save(converted, out, factory=dense.factory)
         found = nmgraph.manifest(converted)
         named = dense.factory and not NamedModel.names(dense.factory)  # a library's own model is made again unasked
-        again = ["nmgraph", "export", str(out), *(["--model", str(dense.factory)] if named else [])]
-        again += [word for package in trust for word in ("--trust", package)]
+        again = ["nmgraph", "export", str(out), *_made_by(dense.factory if named else None, trust)]
         note = "\n".join([*dense.notes, f"Wrote {out}. Train it, then: {typed(again)}"])
         options = next(iter(masked_weights(converted).values())).told.method.options()
         settings: dict[str, Any] = {"options": options}
@@ -414,6 +420,11 @@ def _shown(value: Any, choices: list[str] | None) -> str:
     if choices:
         return "|".join([value, *(word for word in choices if word != value)])
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
+
+
+def _made_by(factory: str | None, trust: list[str]) -> list[str]:
+    """Give the options with which a file is read again."""
+    return [*(["--model", factory] if factory else []), *(word for package in trust for word in ("--trust", package))]
 
 
 def _asked(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
-from torch import nn
+from torch import Tensor, nn
 
 from nmgraph.accounting.budget import Budget, suggest
 from nmgraph.checkpoint.data_file import read_data
@@ -19,6 +19,21 @@ from nmgraph.methods import find_preset, make_method
 from nmgraph.passes.recipe_file import RecipeFile
 from nmgraph.passes.sensitivity import USUAL_PATTERNS
 from nmgraph.seeing import sensitivity as measure_sensitivity
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found.
+
+    Attributes:
+        values: plain ones.
+        shown: what a person reads.
+        brief: one line: the recipe's path, the suggestion, or what was measured.
+    """
+
+    values: dict[str, Any]
+    shown: list[RenderableType]
+    brief: str
 
 
 @dataclass(frozen=True)
@@ -73,22 +88,31 @@ class Measuring:
             require_writable(output, overwrite=overwrite, option="--recipe")
         return cls(data, Budget.parse(budget) if budget else None, output) if sensitivity else None
 
+    def read(self, model: nn.Module) -> tuple[Inputs | None, Tensor | None]:
+        """Read inputs of the model, and labels, from the file; None of what there is not."""
+        if self.data is None:
+            return None, None
+        tensors = read_data(self.data)
+        labels = tensors.pop("labels", None)
+        return named_inputs(model, tensors), labels
+
     def run(
-        self, model: nn.Module, asked: RecipeFile, inputs: Inputs | None, progress: Callable[[str], None]
-    ) -> tuple[dict[str, Any], list[RenderableType], list[str]]:
-        """Measure; give plain values, what to show, and notes.
+        self,
+        model: nn.Module,
+        asked: RecipeFile,
+        inputs: Inputs | None,
+        labels: Tensor | None,
+        progress: Callable[[str], None],
+    ) -> Measured:
+        """Measure.
 
         Args:
             model: dense.
             asked: what else was said: method, pattern, what stays dense.
-            inputs: of shapes that were given, where there is no data; by default the usual ones.
+            inputs: to run on; by default the usual ones, made up.
+            labels: of them.
             progress: called with what begins.
         """
-        labels = None
-        if self.data:
-            tensors = read_data(self.data)
-            labels = tensors.pop("labels", None)
-            inputs = named_inputs(model, tensors)
         patterns = dict.fromkeys([asked.pattern, *USUAL_PATTERNS])
         preset = find_preset(asked.method, asked.preset) if asked.preset else None
         ends: dict[str, Any] = {
@@ -106,22 +130,20 @@ class Measuring:
             progress=progress,
             **ends,
         )
-        values: dict[str, Any] = {"sensitivity": found.to_dict()}
-        shown: list[RenderableType] = [found]
-        notes: list[str] = []
-        if self.budget:
-            suggestion = suggest(found, self.budget)
-            values["suggestion"] = suggestion.to_dict()
-            shown.append(suggestion)
-            if self.output:
-                own = {
-                    "method": asked.method,
-                    "pattern": asked.pattern,
-                    "options": asked.options,
-                    "preset": asked.preset,
-                    **ends,
-                }
-                suggested = suggestion.recipe(**own).with_more({"skip": asked.skip, "include": asked.include})
-                suggested.write(self.output, overwrite=True)
-                notes.append(f"Wrote {self.output}. Convert with it: nmgraph convert MODEL --recipe {self.output}")
-        return values, shown, notes
+        if self.budget is None:
+            return Measured({"sensitivity": found.to_dict()}, [found], str(found))
+        suggestion = suggest(found, self.budget)
+        brief = str(suggestion)
+        if self.output:
+            own = {
+                "method": asked.method,
+                "pattern": asked.pattern,
+                "options": asked.options,
+                "preset": asked.preset,
+                **ends,
+            }
+            suggested = suggestion.recipe(**own).with_more({"skip": asked.skip, "include": asked.include})
+            suggested.write(self.output, overwrite=True)
+            brief = str(self.output)
+        values = {"sensitivity": found.to_dict(), "suggestion": suggestion.to_dict()}
+        return Measured(values, [found, suggestion], brief)

@@ -135,10 +135,12 @@ def _library(named: NamedModel) -> Any:
     try:
         return importlib.import_module(named.library)
     except Exception as error:
-        # torchvision beside another torch raises RuntimeError.
+        # torchvision beside another torch raises RuntimeError; timm imports it.
+        package = "torchvision" if "torchvision" in str(error) else named.library
+        from_there = ", from where your torch came (a CPU build is not PyPI's)" if package == "torchvision" else ""
         raise MissingPackageError(
             f"{named} needs the package {named.library}, which could not be imported: {first_line(error)}. "
-            f"Install it, in a version that fits your torch: pip install {named.library}."
+            f"Install {package} in a version that fits your torch{from_there}: pip install {package}."
         ) from error
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from nmgraph.api import attach
 from nmgraph.errors import MissingPackageError, TrainingError, first_line
+from nmgraph.seeing import record
 from nmgraph.training.controller import Controller
+from nmgraph.training.telemetry import Telemetry
 
 try:
     from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
@@ -27,15 +29,24 @@ class SparseTraining(Callback):  # type: ignore[misc, unused-ignore]
     the module's ``__init__``, so that it is converted when a checkpoint is loaded. The method sees gradients before
     they are clipped.
 
+    Args:
+        *sinks: where records of the masks and the loss go, as for ``nmgraph.record``; by default none are made.
+        every: optimizer steps between two records.
+
     Attributes:
         controller: what ``nmgraph.attach`` gave; None before training.
+        telemetry: what ``nmgraph.record`` gave; None without sinks.
 
     Raises:
         TrainingError: when training begins, if the module has no sparse layer, if the steps of its run can't be counted
             beforehand, or if a callback averages buffers.
     """
 
-    controller: Controller | None = None
+    def __init__(self, *sinks: Any, every: int | None = None) -> None:
+        super().__init__()
+        self._sinks, self._every = sinks, every
+        self.controller: Controller | None = None
+        self.telemetry: Telemetry | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach; by now the checkpoint of a resumed run is loaded."""
@@ -58,11 +69,23 @@ class SparseTraining(Callback):  # type: ignore[misc, unused-ignore]
                 "in the end. Give it use_buffers=False: it copies them then."
             )
         self.controller = attach(pl_module, trainer.optimizers[0], total_steps=int(total_steps))
+        if self._sinks:
+            self.telemetry = record(self.controller, *self._sinks, every=self._every)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Note the loss that is propagated."""
+        if self.telemetry is not None:
+            self.telemetry.note(loss=loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Run the method on the unscaled gradient, before Lightning clips it."""
         if self.controller is not None:
             self.controller.update()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """End the records."""
+        if self.telemetry is not None:
+            self.telemetry.close()
 
 
 def _uncounted(trainer: Any, module: Any) -> str | None:

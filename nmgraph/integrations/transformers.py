@@ -12,7 +12,9 @@ from torch import nn
 
 from nmgraph.api import attach
 from nmgraph.errors import MissingPackageError, first_line
+from nmgraph.seeing import record
 from nmgraph.training.controller import Controller
+from nmgraph.training.telemetry import Telemetry
 
 try:
     from transformers import TrainerCallback
@@ -29,17 +31,37 @@ class SparseTraining(TrainerCallback):  # type: ignore[misc, unused-ignore]
     Its checkpoints hold everything, so that ``train(resume_from_checkpoint=True)`` goes on as if never stopped. Convert
     the model before the Trainer is made, in a resumed run as well.
 
+    Args:
+        *sinks: where records of the masks and of what the Trainer logs go, as for ``nmgraph.record``; by default none are made.
+        every: optimizer steps between two records.
+
     Attributes:
         controller: what ``nmgraph.attach`` gave; None before training.
+        telemetry: what ``nmgraph.record`` gave; None without sinks.
 
     Raises:
         TrainingError: when training begins, if the model has no sparse layer.
     """
 
-    controller: Controller | None = None
+    def __init__(self, *sinks: Any, every: int | None = None) -> None:
+        self._sinks, self._every = sinks, every
+        self.controller: Controller | None = None
+        self.telemetry: Telemetry | None = None
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any
     ) -> None:
         """Attach; by now the checkpoint of a resumed run is loaded."""
         self.controller = attach(model, optimizer, total_steps=state.max_steps)
+        if self._sinks:
+            self.telemetry = record(self.controller, *self._sinks, every=self._every)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Note the loss that the Trainer logs, a mean already."""
+        if self.telemetry is not None and logs and "loss" in logs:
+            self.telemetry.note(loss=logs["loss"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the records."""
+        if self.telemetry is not None:
+            self.telemetry.close()

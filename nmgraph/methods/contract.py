@@ -194,9 +194,9 @@ class Method(ABC, Generic[State]):
     def mask(self, w_OSC: Tensor, state: State, pattern: Pattern) -> Tensor:
         """Give the current forward mask, bool ``[O, S, C]``."""
 
-    @abstractmethod
     def work(self, pattern: Pattern, clock: Clock) -> Work:
-        """Say what the step that ``clock`` stands before will need."""
+        """Say what the step that ``clock`` stands before will need; by default all of it."""
+        return Work(1.0, 1.0, 1.0)
 
     def gauges(self, w_OSC: Tensor, state: State, pattern: Pattern) -> dict[str, Tensor]:
         """Give what else there is to watch while this method trains: numbers by name, each a mean over the blocks."""

@@ -111,7 +111,7 @@ def judge(site: Site, recipe: Recipe, *, included: bool = False) -> Refusal | No
     if site.obstacle is not None:
         return site.obstacle
     length, pattern = site.length(recipe.reduction_axis), recipe.pattern
-    if site.default is not None and not (included and pattern.divides(length)):
+    if site.default is not None and not included:
         return site.default
     if not pattern.divides(length):
         what = "flat weight" if recipe.reduction_axis == FLAT else "input channel"

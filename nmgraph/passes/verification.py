@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,11 +71,14 @@ class Verification:
         subject: what was checked.
         checks: one per weight.
         problems: what is wrong beyond single weights.
+        unchecked: tensors with two or more axes of which nothing says whether they are weights, where nothing recorded says
+            what has to hold.
     """
 
     subject: str
     checks: tuple[WeightCheck, ...]
     problems: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -97,7 +100,13 @@ class Verification:
         expected = [c for c in self.checks if c.expected]
         ready = sum(not c.tensorrt for c in self.checks)
         text = f"{sum(c.holds for c in expected)} of {len(expected)} weights hold; {ready} ready for 2:4 sparse tactics"
-        return "; ".join((text, *self.problems))
+        return "; ".join((text, *self.problems, *self._unchecked()))
+
+    def _unchecked(self) -> list[str]:
+        if not self.unchecked:
+            return []
+        shown = [*self.unchecked[:3], *([f"{len(self.unchecked) - 3} more"] * (len(self.unchecked) > 3))]
+        return [f"not checked, as nothing says what they are: {', '.join(shown)}"]
 
     def __rich__(self) -> Table:
         table = Table(title=escape(f"{self.subject}: {self}"), title_justify="left", header_style="bold")
@@ -186,7 +195,12 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
     unfinished = sum(weight.unfinished() is not None for weight in masked.values())
     problems += [f"training is not finished: {unfinished} layers are not N:M yet"] if unfinished else []
     problems += [] if checks else ["no Linear or convolution found"]
-    return Verification(type(model).__name__, tuple(checks), tuple(problems))
+    unknown = (
+        ()
+        if manifest
+        else _unknown(dict(model.named_parameters()), {parameter_of(c.name, ()) for c in checks} | _tables(model))
+    )
+    return Verification(type(model).__name__, tuple(checks), tuple(problems), unknown)
 
 
 def verify_tensors(
@@ -216,7 +230,18 @@ def verify_tensors(
     problems: tuple[str, ...] = () if checks else ("no weight with two or more axes found",)
     if any(name.rpartition(".")[2].startswith(PREFIX) for name in tensors):
         problems += ("it is the state_dict of a converted model, whose weights are dense until it is finalized",)
-    return Verification(subject, tuple(checks), problems)
+    unknown = () if manifest else _unknown(tensors, {check.name for check in checks})
+    return Verification(subject, tuple(checks), problems, unknown)
+
+
+def _unknown(tensors: Mapping[str, Tensor], checked: Collection[str]) -> tuple[str, ...]:
+    """Name what could be a weight and was not checked: an attention's ``in_proj_weight``, a matrix of its own."""
+    return tuple(n for n, t in tensors.items() if t.dim() >= 2 and t.is_floating_point() and n not in checked)
+
+
+def _tables(model: nn.Module) -> set[str]:
+    """Name the tables of embeddings, which nothing multiplies by."""
+    return {f"{path}.weight".lstrip(".") for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
 def _unreadable(weight: Tensor) -> str:

@@ -135,7 +135,7 @@ def _svg(key: str, paint: Any, inches: tuple[float, float]) -> str:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError("a report's charts need matplotlib. pip install 'nmgraph[report]'.") from error
+        raise MissingPackageError("a report's charts need matplotlib. pip install matplotlib.") from error
     buffer = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": key}):
         figure = Figure(figsize=inches, facecolor="none")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from nmgraph.accounting.cost import TrainingCost, cost_of_run, plan_cost
-from nmgraph.accounting.macs import count_macs
+from nmgraph.accounting.macs import ModelMacs, count_macs
 from nmgraph.errors import ConversionError, ExportError, FileError
-from nmgraph.export.inputs import inputs_of
+from nmgraph.export.inputs import find_inputs
 from nmgraph.layers.masked import MaskedWeight, buffer_names, masked_weights
 from nmgraph.nm.packing import packed_bytes
 from nmgraph.nm.pattern import Pattern
@@ -269,8 +269,14 @@ def gather(model: nn.Module, *, file: str = "", log: Path | None = None, export:
     verification = verify_model(model)
     checks = {check.name: check for check in verification.checks}
     named, usual = dict(model.named_parameters(remove_duplicate=False)), next(model.parameters())
+    macs = _count(model, manifest)
     layers = [  # a skipped site's weight may be no parameter, but computed
-        _layer(e, masked.get(e.name), checks.get(e.name), named.get(parameter_of(e.name, named), usual).itemsize)
+        _layer(
+            _counted(e, macs),
+            masked.get(e.name),
+            checks.get(e.name),
+            named.get(parameter_of(e.name, named), usual).itemsize,
+        )
         for e in manifest.entries
     ]
     clocks = [weight.clock.tolist() for weight in masked.values()]
@@ -280,23 +286,31 @@ def gather(model: nn.Module, *, file: str = "", log: Path | None = None, export:
         pictures = {name: take_picture(weight, weight.mask()) for name, weight in masked.items()}
     findings = Findings(
         type(model).__name__, file, manifest, layers, verification, step, total, pictures,
-        _environment(model, masked, file, log, run, export), _cost(model, manifest, masked, run, total), run, log.name if log else "",
+        _environment(model, masked, file, log, run, export), _cost(macs, masked, run, total), run, log.name if log else "",
         None if export is None else Exported.read(export, manifest),
     )  # fmt: skip
-    return Findings(**{**findings.__dict__, "missing": _missing(findings), "doubts": _doubts(findings, bool(masked))})
+    return replace(findings, missing=_missing(findings), doubts=_doubts(findings, bool(masked)))
+
+
+def _count(model: nn.Module, manifest: Manifest) -> ModelMacs | None:
+    """Count operations, for the inputs of the conversion or else the usual ones; None if the model does not take them."""
+    try:
+        return count_macs(model, find_inputs(model, manifest, next(model.parameters()).dtype).call)
+    except ExportError:
+        return None
+
+
+def _counted(entry: Entry, macs: ModelMacs | None) -> Entry:
+    if entry.macs is not None or macs is None or entry.name not in macs.layers:
+        return entry
+    return replace(entry, macs=macs.layers[entry.name].forward)
 
 
 def _cost(
-    model: nn.Module, manifest: Manifest, masked: dict[str, MaskedWeight], run: RunLog | None, total_steps: int
+    macs: ModelMacs | None, masked: dict[str, MaskedWeight], run: RunLog | None, total_steps: int
 ) -> TrainingCost | None:
-    if not manifest.inputs or not (run or masked):
-        return None
-    try:
-        macs = count_macs(model, inputs_of(manifest).on_cpu(next(model.parameters()).dtype).call)
-    except ExportError:
-        return None  # a part of a model takes other inputs than the model that was converted
-    if not sum(macs.total):
-        return None  # it was converted with an empty batch
+    if macs is None or not sum(macs.total):
+        return None  # not known, or of an empty batch
     if run is not None and run.records:
         return cost_of_run(macs, run)
     sparse = {name: (weight.told.method, weight.told.pattern) for name, weight in masked.items()}
@@ -324,6 +338,13 @@ def _compressed(entry: Entry, itemsize: int) -> int | None:
 
 def _read_log(path: Path, manifest: Manifest, masked: dict[str, MaskedWeight]) -> RunLog:
     log, converted = RunLog.read(path), {e.name: e for e in manifest.converted}
+    first = next(iter(log.run.layers), "")
+    prefix = next(
+        (first.removesuffix(name) for name in sorted(converted, key=len, reverse=True) if first.endswith(f".{name}")),
+        "",
+    )
+    if {f"{prefix}{name}" for name in converted} <= set(log.run.layers):
+        log = log.of_part(prefix)  # the model was trained inside of another, such as a LightningModule
     other = sorted(set(log.run.layers) - converted.keys())
     if other:
         raise FileError(

@@ -48,7 +48,7 @@ def _png(image: np.ndarray, palette: Sequence[tuple[int, int, int, int]]) -> str
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingPackageError("a report's pictures need Pillow. pip install 'nmgraph[report]'.") from error
+        raise MissingPackageError("a report's pictures need Pillow. pip install pillow.") from error
     picture = Image.fromarray(image, mode="P")
     picture.putpalette([number for colour in palette for number in colour[:3]])
     buffer = io.BytesIO()

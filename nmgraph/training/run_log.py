@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,18 @@ class RunLog:
     run: Run
     records: Sequence[Record] = field(default_factory=list)
     pictures: Sequence[Picture] = field(default_factory=list)
+
+    def of_part(self, prefix: str) -> RunLog:
+        """Give the log of a part of the model, such as the network in a trainer's module, with the part's own names."""
+
+        def own(layers: Mapping[str, Any]) -> dict[str, Any]:
+            return {n.removeprefix(prefix): layer for n, layer in layers.items() if n.startswith(prefix)}
+
+        return RunLog(
+            replace(self.run, layers=own(self.run.layers)),
+            [replace(record, layers=own(record.layers)) for record in self.records],
+            [replace(picture, layers=own(picture.layers)) for picture in self.pictures],
+        )
 
     @classmethod
     def read(cls, path: str | Path) -> RunLog:

@@ -100,6 +100,8 @@ class Standing:
     def _end(self) -> str:
         if not self.unfinished:
             return f"[green]All {len(self.layers)} masks are N:M.[/] nmgraph export folds and proves them."
+        if not any(layer.total_steps for layer in self.layers):
+            return "Training has not begun: nmgraph.load it, and attach an optimizer."
         return (
             f"[yellow]{len(self.unfinished)} of {len(self.layers)} masks are not N:M yet.[/] Train on; nmgraph export --force "
             "prunes them by what the method knows now."

@@ -49,8 +49,8 @@ class Telemetry:
     def __init__(self, controller: Controller, sinks: Sequence[Sink], every: int | None = None) -> None:
         if not isinstance(controller, Controller):
             raise TrainingError(
-                f"record takes what nmgraph.attach gives, not a {type(controller).__name__}: "
-                "nmgraph.record(nmgraph.attach(model, optimizer, total_steps=...), ...)."
+                f"record takes the controller that nmgraph.attach gave, not a {type(controller).__name__}: "
+                "controller = nmgraph.attach(model, optimizer, total_steps=...)."
             )
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise TrainingError(f"every={every!r} must be the number of steps between two records: 1 or more.")

@@ -115,7 +115,7 @@ def test_missing_library_is_named(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     assert message(f"{library}:resnet18", error=MissingPackageError) == (
         f"{library}:resnet18 needs the package {library}, which could not be imported: import of {library} halted; None "
-        f"in sys.modules. Install it, in a version that fits your torch: pip install {library}."
+        f"in sys.modules. Install {library} in a version that fits your torch: pip install {library}."
     )
 
 

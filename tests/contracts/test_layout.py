@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "report": {"nm", "methods", "layers", "passes", "training", "accounting", "checkpoint", "export"},
     "api": {"nm", "methods", "layers", "passes", "training", "checkpoint", "export"},
     "seeing": {"api", "nm", "methods", "layers", "passes", "accounting", "training", "export", "report"},
-    "integrations": {"api", "layers", "passes", "training"},
+    "integrations": {"api", "seeing", "layers", "passes", "training"},
     "__init__": {"api", "seeing", "methods", "nm"},
     "console": set(),
     "manual": set(),

@@ -19,6 +19,7 @@ import nmgraph
 from nmgraph.errors import TrainingError
 from nmgraph.integrations.transformers import SparseTraining
 from nmgraph.methods import METHODS
+from nmgraph.training.run_log import Record
 
 TINY = {
     "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -158,3 +159,13 @@ def test_tied_and_transposed_weights_survive_the_trainers_checkpoint(method, tmp
     assert not same(first, read)
     trainer_of(read, tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
     assert same(first, read)
+
+
+def test_records_are_made_with_the_loss_that_is_logged(tmp_path):
+    entries = []
+    sparse = SparseTraining(entries.append, every=4)
+    trainer_of(model_of("lbc"), tmp_path, sparse, logging_strategy="steps", logging_steps=2).train()
+    records = [entry for entry in entries if isinstance(entry, Record)]
+    assert [r.step for r in records] == [0, 4, 8, 12, 16]
+    assert all(r.metrics["loss"] > 0 for r in records[1:])
+    assert records[-1].mean("kept") == 0.5

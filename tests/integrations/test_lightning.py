@@ -13,6 +13,8 @@ import nmgraph
 from nmgraph.errors import TrainingError
 from nmgraph.integrations.lightning import SparseTraining
 from nmgraph.methods import METHODS
+from nmgraph.report.findings import gather
+from nmgraph.training.run_log import RunLog
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -49,6 +51,17 @@ def trainer_of(*callbacks, **options):
 def same(one, other):
     one, other = one.state_dict(), other.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_records_are_made_and_the_report_of_the_network_takes_them(tmp_path):
+    module, sparse = Classifier("lbc"), SparseTraining(tmp_path / "run.jsonl", every=4)
+    trainer_of(sparse).fit(module, batches())
+    records = RunLog.read(tmp_path / "run.jsonl").records
+    assert [r.step for r in records] == [0, 4, 8, 12, 16]
+    assert all(0 < r.metrics["loss"] < 3 for r in records[1:])
+    found = gather(module.net, log=tmp_path / "run.jsonl")
+    assert list(found.log.records[-1].layers) == [e.name for e in found.manifest.converted]
+    assert found.doubts == []
 
 
 @pytest.mark.parametrize("method", METHODS)

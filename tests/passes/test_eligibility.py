@@ -47,6 +47,12 @@ def test_pattern_has_to_divide_the_input_channels(layer, pattern, reason, remedy
     assert reason_and_remedy(Beside(layer), "tried", pattern=pattern) == (reason, remedy)
 
 
+def test_a_depthwise_convolution_that_is_asked_for_says_that_it_has_no_blocks():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))
+    entry = nmgraph.inspect(model, include=["0"]).manifest.entries[0]
+    assert (entry.reason, entry.remedy) == ("1 input channel is not a multiple of 4", "no usual pattern fits")
+
+
 @pytest.mark.parametrize("groups", [2, 8], ids=["grouped", "depthwise"])
 def test_grouped_convolutions_stay_dense(groups):
     assert reason_and_remedy(Beside(nn.Conv2d(8, 8, 3, groups=groups)), "tried") == (

@@ -163,3 +163,17 @@ def test_a_ready_weight_of_few_channels_is_said_to_gain_little():
         ("more than 2 of 4 are non-zero", ""),
     ]
     assert [c["little_gain"] for c in found.to_dict()["checks"]] == [c.little_gain for c in found.checks]
+
+
+def test_what_may_be_a_weight_and_was_not_checked_is_named(tmp_path):
+    model = nmgraph.convert(nn.Sequential(nn.MultiheadAttention(16, 2), nn.Embedding(8, 16)), method="asp")
+    finished = nmgraph.finalize(model)
+    with torch.no_grad():
+        finished[0].in_proj_weight += 1  # its zeros are gone
+    torch.save(finished.state_dict(), tmp_path / "state.pt")
+    said = "not checked, as nothing says what they are: 0.in_proj_weight"
+    assert str(nmgraph.verify(tmp_path / "state.pt")).endswith(said)
+    assert nmgraph.verify(finished).unchecked == ()
+    bare = nn.Sequential(nn.MultiheadAttention(16, 2), nn.Embedding(8, 16))
+    bare.load_state_dict(finished.state_dict())
+    assert str(nmgraph.verify(bare)).endswith(said)

@@ -57,8 +57,25 @@ def test_page_names_no_address_and_no_path(run, tmp_path):
     assert str(tmp_path.parent) not in text
 
 
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x, y):
+        return self.one(x) + self.two(y)
+
+
+def test_operations_are_counted_for_the_usual_inputs_if_none_were_given(tmp_path):
+    model = nmgraph.convert(mlp(), method="static")
+    assert "kept MACs" in words(nmgraph.report(model, tmp_path / "report.html"))
+    found = gather(model)
+    assert found.macs == (sum(p.numel() for p in model.parameters() if p.dim() == 2), found.macs[0] / 2)
+    assert found.cost.inference == 0.5
+
+
 def test_report_without_anything_says_what_is_missing_and_how_to_get_it(tmp_path):
-    model = nmgraph.convert(mlp(), method="lbc")
+    model = nmgraph.convert(TwoInputs(), method="lbc")
     said = words(nmgraph.report(model, tmp_path / "report.html"))
     assert "Training has not finished: not attached yet; 2 of 2 layers are not N:M yet." in said
     for remedy in ("--log run.jsonl", "nmgraph export MODEL.nm.pt", "Train to the end", "--input 1x3x224x224"):
