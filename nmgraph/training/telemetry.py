@@ -180,13 +180,17 @@ def _beginning(controller: Controller, weights: Mapping[str, MaskedWeight], ever
 
 
 def _read(numbers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
-    """Read all numbers at once."""
-    places = [(name, quantity) for name, found in numbers.items() for quantity in found]
-    values = torch.stack([numbers[name][quantity].float().cpu() for name, quantity in places]).tolist()
+    """Read all numbers, those of one device at once."""
+    on: dict[torch.device, list[tuple[str, str]]] = {}
+    for name, found in numbers.items():
+        for quantity, number in found.items():
+            on.setdefault(number.device, []).append((name, quantity))
     layers: dict[str, dict[str, float]] = {name: {} for name in numbers}
-    for (name, quantity), value in zip(places, values, strict=True):
-        if math.isfinite(value):  # a layer of zeros has no share of its magnitude
-            layers[name][quantity] = float(f"{value:.6g}")
+    for places in on.values():
+        values = torch.stack([numbers[name][quantity].float() for name, quantity in places]).tolist()
+        for (name, quantity), value in zip(places, values, strict=True):
+            if math.isfinite(value):  # a layer of zeros has no share of its magnitude
+                layers[name][quantity] = float(f"{value:.6g}")
     return layers
 
 
