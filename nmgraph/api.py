@@ -26,7 +26,7 @@ from nmgraph.export.trt_machine import require_tensorrt
 from nmgraph.export.trt_rules import parse_projection, require_sparse_sites
 from nmgraph.files import require_writable
 from nmgraph.layers.kinds import is_layer
-from nmgraph.layers.masked import masked_weights, unmask_all
+from nmgraph.layers.masked import class_name, masked_weights, unmask_all
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import find_preset, make_method
 from nmgraph.methods.contract import Method, Preset
@@ -244,7 +244,7 @@ def plan(
             if found
             else f"holds sparse layers ({', '.join(converted)})"
         )
-        raise ConversionError(f"{type(model).__name__} {said}. Convert a dense model, or finalize this one first.")
+        raise ConversionError(f"{class_name(model)} {said}. Convert a dense model, or finalize this one first.")
     progress("tracing")
     used = uses(model, how)
     calls = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import typer
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement, measure_renderables
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.protocol import rich_cast
@@ -26,7 +28,7 @@ from typer.core import TyperGroup
 from nmgraph.errors import NMGraphError
 
 FINE, FAILED, MISUSED = 0, 1, 2
-_TABLES_FROM = 72  # characters in a line; below, columns would be too narrow for their words
+_ENDLESS = 100_000  # characters; a line that holds any cell
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Answer:
             sys.stdout.write((json_module.dumps(self.values, indent=2) if json else self.brief) + "\n")
         else:
             console = Console()
-            console.print(_Fitted(self.shown))
+            with console.capture() as printed:
+                console.print(_Fitted(self.shown))
+            sys.stdout.write(re.sub(r" +$", "", printed.get(), flags=re.MULTILINE))
             if self.note:
                 console.print(self.note, markup=False, soft_wrap=True)
         sys.stdout.flush()  # a reader that is gone is noticed here, not while Python ends
@@ -133,7 +137,7 @@ def progress_bar(hidden: bool, stages: int) -> Iterator[Callable[[str], None]]:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """Something to print, with the rows of tables as paragraphs where lines are short."""
+    """Something to print, with the rows of a table as paragraphs where its columns would break words."""
 
     shown: Any
 
@@ -141,10 +145,22 @@ class _Fitted:
         shown = rich_cast(self.shown)
         if isinstance(shown, Group):
             yield from map(_Fitted, shown.renderables)
-        elif isinstance(shown, Table) and options.max_width < _TABLES_FROM:
+        elif isinstance(shown, Table) and not _fit(shown, console, options):
             yield from _paragraphs(shown)
         else:
             yield shown
+
+
+def _fit(table: Table, console: Console, options: ConsoleOptions) -> bool:
+    """Set the widths of a table's columns so that no word breaks; tell whether the line has room for that."""
+    endless = options.update_width(_ENDLESS)
+    room = options.max_width - Measurement.get(console, endless, table).minimum
+    spans = [(c, measure_renderables(console, endless, [c.header, *c.cells])) for c in table.columns]
+    spans.sort(key=lambda each: each[1].span)
+    for i, (column, (least, most)) in enumerate(spans):  # who wants least is served first; what is left is shared
+        more = most - least if column.no_wrap else min(most - least, max(room, 0) // (len(spans) - i))
+        column.width, room = least + more, room - more
+    return room >= 0
 
 
 def _paragraphs(table: Table) -> Iterator[Any]:

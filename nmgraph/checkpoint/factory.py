@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nmgraph.checkpoint.named_models import NamedModel
 from nmgraph.errors import FileError, MissingPackageError
-from nmgraph.layers.masked import PREFIX, masked_weights
+from nmgraph.layers.masked import PREFIX, class_name, masked_weights
 
 # Of apex's ASP, of ModelOpt, of torch.ao.pruning and torch.nn.utils.prune.
 _FOREIGN_MASKS = (".__weight_mma_mask", "._weight_mask", ".parametrizations.weight.original", ".weight_mask")
@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, state: dict[str, object], file: str) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise FileError(f"{file} does not fit {type(model).__name__}: {error}{_hint(model, state)}") from error
+        raise FileError(f"{file} does not fit {class_name(model)}: {error}{_hint(model, state)}") from error
 
 
 def _hint(model: nn.Module, state: dict[str, object]) -> str:
@@ -96,5 +96,5 @@ def require_same_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], na
     if found:
         more = f"\n  and {len(found) - 8} more" if len(found) > 8 else ""
         raise FileError(
-            f"{name} was made from another model than this {type(model).__name__}:\n  " + "\n  ".join(found[:8]) + more
+            f"{name} was made from another model than this {class_name(model)}:\n  " + "\n  ".join(found[:8]) + more
         )

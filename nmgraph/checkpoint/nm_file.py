@@ -34,7 +34,7 @@ from nmgraph.checkpoint.tensors import read_manifest
 from nmgraph.checkpoint.trusted import load_trusted
 from nmgraph.errors import FileError, first_line
 from nmgraph.files import written_atomically
-from nmgraph.layers.masked import buffer_names, masked_weights, unmask_all
+from nmgraph.layers.masked import buffer_names, class_name, masked_weights, unmask_all
 from nmgraph.layers.recipe import Recipe
 from nmgraph.nm.grouping import is_axis
 from nmgraph.passes.manifest import find_manifest, write_manifest
@@ -119,7 +119,7 @@ def read_nm_file(content: dict[str, Any], name: str, model: nn.Module | None, tr
             raise FileError(f"{name} is damaged: it holds a {type(model).__name__} in place of a module.")
     if masked_weights(model):
         raise FileError(
-            f"{name} can't be loaded into this {type(model).__name__}, which is converted already. Give the dense model."
+            f"{name} can't be loaded into this {class_name(model)}, which is converted already. Give the dense model."
         )
     require_same_shapes(model, shapes, name)
     if bare:
@@ -209,7 +209,7 @@ def _pickled_skeleton(model: nn.Module) -> Tensor:
         torch.save(skeleton, buffer)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise FileError(
-            f"{type(model).__name__} can't be pickled: {error}. Put its classes and functions at the top of a module, "
+            f"{class_name(model)} can't be pickled: {error}. Put its classes and functions at the top of a module, "
             'or save with factory="package.module:function" naming a function that makes the dense model.'
         ) from error
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nmgraph.checkpoint.factory import load_weights, require_same_shapes
 from nmgraph.errors import FileError, PatternError
-from nmgraph.layers.masked import masked_weights
+from nmgraph.layers.masked import class_name, masked_weights
 from nmgraph.nm.grouping import is_axis
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.compression import SCHEMA_KEY, CompressedWeight, Schema
@@ -102,7 +102,7 @@ def load_compressed(path: Path, model: nn.Module | None) -> nn.Module:
         )
     if masked_weights(model):
         raise FileError(
-            f"{path} can't be loaded into this {type(model).__name__}, which is converted already. Give the dense model."
+            f"{path} can't be loaded into this {class_name(model)}, which is converted already. Give the dense model."
         )
     if found.damaged:
         name, what = next(iter(found.damaged.items()))

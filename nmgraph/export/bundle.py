@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
@@ -155,7 +156,7 @@ class ExportReport:
         if self.sizes:
             table.add_row("compressed weights", f"{self.sizes.ratio:.2%}", str(self.sizes))
         for name, size in self.files.items():
-            table.add_row("file", "", f"{escape(name)} ({size / 1e6:,.1f} MB)")
+            table.add_row("file", "", f"{escape(name)} ({decimal(size)})")
         return table
 
 
@@ -253,8 +254,17 @@ def write_bundle(
             directory, files, precision, str(inputs or ""), weights, onnx_proof, parity, pruned,
             sizes=sizes, projected=projected, engine=engine, trtexec=trtexec, notes=notes, hugging_face=read_back, folded=folded,
         )  # fmt: skip
-        (temporary / "report.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+        _write_report(found, temporary / "report.json")
     return found
+
+
+def _write_report(found: ExportReport, path: Path) -> None:
+    """Write the report, and count it among the files; its size is in its own text."""
+    text, found.files[path.name] = b"", 0
+    while len(text) != found.files[path.name] or not text:
+        found.files[path.name] = len(text)
+        text = json.dumps(found.to_dict(), indent=2).encode() + b"\n"
+    path.write_bytes(text)
 
 
 def _write_safetensors(model: nn.Module, path: Path, manifest: Manifest) -> Sizes:

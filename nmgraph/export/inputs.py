@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nmgraph.errors import ExportError, first_line
 from nmgraph.layers.kinds import is_layer
+from nmgraph.layers.masked import class_name
 from nmgraph.passes.manifest import Manifest
 from nmgraph.passes.structure import copy_structure, share_parameters
 from nmgraph.passes.watch import fake_copy, fake_tensors
@@ -54,7 +55,7 @@ class Inputs:
                 return model(*self.args, **self.kwargs)
         except Exception as error:
             # The model is foreign code; what it raises on inputs it does not take can be anything.
-            raise ExportError(f"{type(model).__name__} does not take the inputs {self}: {first_line(error)}") from error
+            raise ExportError(f"{class_name(model)} does not take the inputs {self}: {first_line(error)}") from error
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """Run the model, and give all tensors of its answer."""
@@ -148,7 +149,7 @@ def named_inputs(model: nn.Module, tensors: Mapping[str, Tensor]) -> Inputs:
     if unknown or not named:
         held = f"holds {', '.join(unknown):.200}" if unknown else "holds no input"
         raise ExportError(
-            f"the data {held}, and {type(model).__name__} takes {', '.join(known) or 'input'}. Name tensors by these; input is "
+            f"the data {held}, and {class_name(model)} takes {', '.join(known) or 'input'}. Name tensors by these; input is "
             "the first one, and labels are the labels."
         )
     first = (named.pop("input"),) if "input" in named and "input" not in known else ()
@@ -195,7 +196,7 @@ def find_inputs(model: nn.Module, manifest: Manifest | None, dtype: torch.dtype 
         else:
             return inputs
     raise ExportError(
-        f"{type(model).__name__} needs example inputs. Give their shapes, for example --input 1x3x224x224 (in Python "
+        f"{class_name(model)} needs example inputs. Give their shapes, for example --input 1x3x224x224 (in Python "
         "example_inputs=torch.randn(1, 3, 224, 224))." + "".join(f"\n  {t}" for t in tried)
     )
 

@@ -37,7 +37,7 @@ class Parity:
     """How far ONNX Runtime is from PyTorch.
 
     Attributes:
-        outputs: every output of the file.
+        outputs: every output of the file, of each run.
         tolerance: largest accepted relative error.
     """
 
@@ -66,9 +66,10 @@ class Parity:
     def __str__(self) -> str:
         if self.diverging is not None:
             return f"output {self.diverging.name} is off by {self.diverging.relative_error:.1e} (accepted: {self.tolerance:.0e})"
-        return (
-            f"largest relative error {self.worst:.1e} of {len(self.outputs)} output(s) (accepted: {self.tolerance:.0e})"
-        )
+        names = {o.name for o in self.outputs}
+        runs = len(self.outputs) // max(1, len(names))
+        counted = f"{len(names)} output(s)" + f" in {runs} runs" * (runs > 1)
+        return f"largest relative error {self.worst:.1e} of {counted} (accepted: {self.tolerance:.0e})"
 
 
 def open_session(path: Path, *, fast: bool = True) -> onnxruntime.InferenceSession:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nmgraph.errors import ConversionError
-from nmgraph.layers.masked import buffer_names, masked_weights
+from nmgraph.layers.masked import buffer_names, class_name, masked_weights
 from nmgraph.passes.structure import unwrapped
 
 
@@ -29,7 +29,7 @@ def take_masks(average: nn.Module, model: nn.Module) -> None:
     if not own or tolds[0] != tolds[1]:
         different = [name for name in {**tolds[1], **tolds[0]} if tolds[0].get(name) != tolds[1].get(name)]
         raise ConversionError(
-            f"{different[0] if different else type(average).__name__} is not sparse in the same way in the average and in "
+            f"{different[0] if different else class_name(average)} is not sparse in the same way in the average and in "
             "the model. Make the average from the converted model."
         )
     for name, weight in own.items():

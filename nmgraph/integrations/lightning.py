@@ -7,6 +7,7 @@ from typing import Any
 
 from nmgraph.api import attach
 from nmgraph.errors import MissingPackageError, TrainingError, first_line
+from nmgraph.layers.masked import class_name
 from nmgraph.seeing import record
 from nmgraph.training.controller import Controller
 from nmgraph.training.telemetry import Telemetry
@@ -90,7 +91,7 @@ class SparseTraining(Callback):  # type: ignore[misc, unused-ignore]
 
 def _uncounted(trainer: Any, module: Any) -> str | None:
     """Say why Lightning's count is not that of the steps which train the sparse layers; None if it is."""
-    name, held = type(module).__name__, len(trainer.optimizers)
+    name, held = class_name(module), len(trainer.optimizers)
     if held != 1:
         return f"{name} has {held} optimizers"
     if not module.automatic_optimization:

@@ -264,6 +264,11 @@ class MaskedWeight:
         return float(local(self.raw.detach()).flatten()[:256].double().sum())
 
 
+def class_name(module: nn.Module) -> str:
+    """Name the class that a module has, or had before it became sparse."""
+    return (module.nm_base if isinstance(module, Masked) else type(module)).__name__
+
+
 class Masked(nn.Module):
     """Mixin in front of a module's own class; made by :func:`sparsify`, undone by :func:`unmask`."""
 

@@ -154,9 +154,9 @@ class Manifest:
         weights, macs = sum(e.parameters for e in self.entries), sum(e.macs or 0 for e in self.entries)
         table = Table(title=f"{self.method}: {self}", title_justify="left", header_style="bold")
         shares = {"weights": weights, **({"operations": macs} if macs else {})}
-        for column in ("site", "kind", "shape", *shares, "pattern", "decision"):
+        for column in ("site", "shape", *shares, "pattern", "decision"):
             justify: Any = "right" if column in shares else "left"
-            table.add_column(column, overflow="fold", no_wrap=column in ("kind", "shape"), justify=justify)
+            table.add_column(column, overflow="fold", no_wrap=column == "shape", justify=justify)
         for entry in self.entries:
             decision = "[green]converted" if entry.converted else f"[yellow]skipped[/]: {escape(entry.reason)}"
             if entry.converted and entry.axis == FLAT:
@@ -171,7 +171,7 @@ class Manifest:
                 for n, whole in zip((entry.parameters, entry.macs), shares.values(), strict=False)
             ]
             pattern = entry.pattern if entry.converted else "-"
-            table.add_row(escape(entry.name) or "(root)", entry.kind, shape, *parts, pattern, decision)
+            table.add_row(escape(entry.name) or "(root)", shape, *parts, pattern, decision)
         table.caption, table.caption_justify = self.not_followed, "left"
         return table
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nmgraph.layers.kinds import is_layer, layer_axis
-from nmgraph.layers.masked import PREFIX, Masked, masked_weights, site_name
+from nmgraph.layers.masked import PREFIX, class_name, masked_weights, site_name
 from nmgraph.nm.grouping import FLAT, Axis, canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
@@ -55,9 +55,14 @@ class WeightCheck:
     node: str = ""
 
     @property
+    def ready(self) -> bool:
+        """Tell whether it holds, and TensorRT may take it for 2:4 sparse tactics."""
+        return self.holds and not self.tensorrt
+
+    @property
     def little_gain(self) -> str:
         """Say why sparse kernels hardly pay for a ready weight; empty if they may."""
-        if self.tensorrt:
+        if not self.ready:
             return ""
         channels = min(self.shape[:2])
         return "" if channels >= _PAYS_FROM else f"{channels} channels: little gain"
@@ -98,7 +103,7 @@ class Verification:
 
     def __str__(self) -> str:
         expected = [c for c in self.checks if c.expected]
-        ready = sum(not c.tensorrt for c in self.checks)
+        ready = sum(c.ready for c in self.checks)
         text = f"{sum(c.holds for c in expected)} of {len(expected)} weights hold; {ready} ready for 2:4 sparse tactics"
         return "; ".join((text, *self.problems, *self._unchecked()))
 
@@ -110,8 +115,8 @@ class Verification:
 
     def __rich__(self) -> Table:
         table = Table(title=escape(f"{self.subject}: {self}"), title_justify="left", header_style="bold")
-        for column in ("weight", "kind", "shape", "pattern", "TensorRT 2:4"):
-            table.add_column(column, overflow="fold", no_wrap=column in ("kind", "shape"))
+        for column in ("weight", "shape", "pattern", "TensorRT 2:4"):
+            table.add_column(column, overflow="fold", no_wrap=column == "shape")
         for c in self.checks:
             verdict = (
                 f"[green]{c.pattern} holds[/], {c.density:.0%} kept"
@@ -120,10 +125,10 @@ class Verification:
             )
             if not c.expected:
                 verdict = f"[dim]left dense, {c.density:.0%} kept"
-            ready = f"[yellow]{c.tensorrt}" if c.tensorrt else "[green]ready"
+            ready = "[green]ready" if c.ready else f"[yellow]{c.tensorrt or '-'}"
             ready += f"[/]; [dim]{c.little_gain}" if c.little_gain else ""
             shape = "x".join(map(str, c.shape))
-            table.add_row(escape(c.name), c.kind, shape, verdict, ready)
+            table.add_row(escape(c.name) or "(root)", shape, verdict, ready)
         return table
 
 
@@ -175,7 +180,7 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
     masked = masked_weights(model)
     checks = []
     for path, module in model.named_modules():
-        kind = module.nm_base.__name__ if isinstance(module, Masked) else type(module).__name__
+        kind = class_name(module)
         for key, parameter in module._parameters.items():
             name = site_name(path, key)
             if parameter is None or not (name in patterns or name in masked or (is_layer(module) and key == "weight")):
@@ -200,7 +205,7 @@ def verify_model(model: nn.Module, pattern: Pattern | None = None) -> Verificati
         if manifest
         else _unknown(dict(model.named_parameters()), {parameter_of(c.name, ()) for c in checks} | _tables(model))
     )
-    return Verification(type(model).__name__, tuple(checks), tuple(problems), unknown)
+    return Verification(class_name(model), tuple(checks), tuple(problems), unknown)
 
 
 def verify_tensors(

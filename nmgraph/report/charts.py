@@ -54,7 +54,7 @@ def draw_metric(log: RunLog, name: str, key: str) -> str:
     """
     found = [(r.step, v) for r in log.records if (v := r.metrics.get(name)) is not None]
     steps, values = np.array(found, dtype=float).reshape(-1, 2).T
-    return _draw(key, steps, [values], share=False)
+    return _draw(key, log, steps, [values], share=False)
 
 
 def draw_quantity(log: RunLog, quantity: str, key: str, *, share: bool) -> str:
@@ -70,16 +70,19 @@ def draw_quantity(log: RunLog, quantity: str, key: str, *, share: bool) -> str:
     found = [(step, values) for step, values in found if values]
     rows = [(step, sum(v) / len(v), min(v), max(v)) for step, v in found]
     steps, *lines = np.array(rows, dtype=float).reshape(-1, 4).T
-    return _draw(key, steps, lines, share=share)
+    return _draw(key, log, steps, lines, share=share)
 
 
-def _draw(key: str, steps: np.ndarray, lines: Sequence[np.ndarray], *, share: bool) -> str:
+def _draw(key: str, log: RunLog, steps: np.ndarray, lines: Sequence[np.ndarray], *, share: bool) -> str:
     """Draw one line, or a line with a band around it, of at most so many points."""
     parts = np.array_split(np.arange(len(steps)), min(_POINTS, len(steps)))
     merges: Sequence[Any] = (np.mean, np.min, np.max)
     steps = np.array([steps[part].mean() for part in parts])
     lines = [np.clip(v, -_HUGE, _HUGE) for v in lines]
     lines = [np.array([merge(v[p]) for p in parts]) for v, merge in zip(lines, merges, strict=False)]
+
+    first, last = log.records[0].step, log.records[-1].step  # of all, so that the charts of a page can be compared
+    margin = max(0.04 * (last - first), 0.5)
 
     def paint(axes: Any) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
@@ -97,6 +100,7 @@ def _draw(key: str, steps: np.ndarray, lines: Sequence[np.ndarray], *, share: bo
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(first - margin, last + margin)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("step")
 

@@ -17,7 +17,7 @@ from nmgraph.accounting.cost import TrainingCost, cost_of_run, plan_cost
 from nmgraph.accounting.macs import ModelMacs, count_macs
 from nmgraph.errors import ConversionError, ExportError, FileError
 from nmgraph.export.inputs import find_inputs
-from nmgraph.layers.masked import MaskedWeight, buffer_names, masked_weights
+from nmgraph.layers.masked import MaskedWeight, buffer_names, class_name, masked_weights
 from nmgraph.nm.packing import packed_bytes
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.manifest import Entry, Manifest, require_manifest
@@ -285,7 +285,7 @@ def gather(model: nn.Module, *, file: str = "", log: Path | None = None, export:
     with torch.no_grad():
         pictures = {name: take_picture(weight, weight.mask()) for name, weight in masked.items()}
     findings = Findings(
-        type(model).__name__, file, manifest, layers, verification, step, total, pictures,
+        class_name(model), file, manifest, layers, verification, step, total, pictures,
         _environment(model, masked, file, log, run, export), _cost(macs, masked, run, total), run, log.name if log else "",
         None if export is None else Exported.read(export, manifest),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from nmgraph.report.findings import Findings, Layer
 from nmgraph.report.pictures import ADDED, GONE, KEPT, REMOVED, draw_mask, draw_strip
 from nmgraph.training.run_log import QUANTITIES, LayerPicture
 
+_MOMENTS = 9  # pictures of a layer; as many as a run that is not resumed has
 _COUNTED = {"live_combinations"}  # quantities that are no shares
 
 
@@ -83,7 +85,8 @@ def render(findings: Findings) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    room.filters |= {"count": count_text, "bytes": byte_text, "percent": percent_text}
+    room.filters |= {"count": count_text, "bytes": byte_text, "percent": percent_text, "columns": columns}
+    room.filters["breakable"] = breakable
     style, script = (files("nmgraph.report").joinpath("page", name).read_text() for name in ("page.css", "page.js"))
     return room.get_template("page.html").render(
         found=findings,
@@ -124,10 +127,17 @@ def _portraits(findings: Findings) -> Iterator[Portrait]:
         # A log that ends where the model stands shows the model as it is.
         if now is not None and (not taken or taken[-1].step != findings.step):
             shown.append(("now", now))
+        shown = _thinned(shown)
         if shown:
             before = shown[0][1] if len(shown) > 1 else None
             drawn = Markup(draw_magnitudes(shown[-1][1], before, f"layer{i}"))
             yield Portrait(name or "(root)", _masks(shown, layer), drawn, before is not None)
+
+
+def _thinned(shown: list[tuple[str, LayerPicture]]) -> list[tuple[str, LayerPicture]]:
+    """Leave away moments where a run that was resumed has too many; the first and the last stay."""
+    few = min(_MOMENTS, len(shown))
+    return [shown[i * (len(shown) - 1) // max(1, few - 1)] for i in range(few)]
 
 
 def _masks(shown: Sequence[tuple[str, LayerPicture]], layer: Layer) -> list[MaskPicture]:
@@ -167,6 +177,24 @@ def _step_costs(cost: TrainingCost | None) -> list[tuple[str, int, float, float]
         return []
     rows = list(zip(("forward", "input gradient", "weight gradient"), cost.dense, cost.needed, cost.on_24, strict=True))
     return [("together", sum(cost.dense), sum(cost.needed), sum(cost.on_24)), *rows]
+
+
+def breakable(name: str) -> Markup:
+    """Let a long name break between its words, and nowhere else.
+
+    >>> breakable("held_out"), breakable("LayerNorm")
+    (Markup('held_<wbr>out'), Markup('Layer<wbr>Norm'))
+    """
+    return Markup("<wbr>").join(re.split(r"(?<=[_.])|(?<=[a-z])(?=[A-Z])", name))
+
+
+def columns(count: int, most: int) -> int:
+    """Give the number of columns with which so many cards fill their rows evenly.
+
+    >>> [columns(count, 4) for count in range(1, 10)]
+    [1, 2, 3, 4, 3, 3, 4, 4, 3]
+    """
+    return math.ceil(count / math.ceil(count / most)) if count else 1
 
 
 def count_text(number: float | None) -> str:

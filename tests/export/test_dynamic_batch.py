@@ -26,6 +26,7 @@ def test_file_takes_other_batches_than_the_example(make, shape, tmp_path):
     report = export(make(), tmp_path / "out", torch.randn(shape))
     assert report.holds
     assert len(report.parity.outputs) == 3  # one output, compared at three sizes
+    assert "of 1 output(s) in 3 runs (" in str(report.parity)
     file = onnx.load(tmp_path / "out" / "model.onnx")
     assert file.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")

@@ -78,6 +78,14 @@ def test_dense_model_does_not_hold():
     assert str(found) == "0 of 2 weights hold; 0 ready for 2:4 sparse tactics"
 
 
+def test_weight_is_ready_only_if_it_holds():
+    model = nn.Sequential(linear([1.0, 2.0] + [0.0] * 14))
+    found = nmgraph.verify(model, "1:16")
+    assert found.checks[0].tensorrt == ""
+    assert str(found) == "0 of 1 weights hold; 0 ready for 2:4 sparse tactics"
+    assert found.checks[0].little_gain == ""
+
+
 def test_converted_model_is_checked_as_it_multiplies():
     assert nmgraph.verify(nmgraph.convert(mlp(), method="srste")).holds
     assert not nmgraph.verify(nmgraph.convert(mlp(), method="lbc")).holds

@@ -31,6 +31,37 @@ def trained(folder, *, steps=12, until=None):
     return model, log
 
 
+class WithAttention(nn.Module):
+    """Own a bare parameter, and layers of long names and kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Parameter(torch.randn(32, 16))
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2)
+        self.head = nn.Linear(32, 6)  # no pattern divides it
+
+    def forward(self, x):
+        return self.head(self.encoder(F.linear(x, self.embed)).mean(1))
+
+
+def with_attention(folder, pattern="1:16"):
+    """Train it halfway with two metrics, one of which is noted at the end alone."""
+    torch.manual_seed(0)
+    model = nmgraph.convert(
+        WithAttention(), method="lbc", pattern=pattern, skip=["head"], example_inputs=torch.randn(1, 4, 16)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    telemetry = nmgraph.record(nmgraph.attach(model, optimizer, total_steps=80), folder / "run.jsonl", every=2)
+    for step in range(20):
+        loss = F.cross_entropy(model(torch.randn(8, 4, 16)), torch.arange(8) % 6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        telemetry.note(loss=loss, **({"held_out_accuracy": 0.5} if step > 14 else {}))
+    telemetry.close()
+    return model, folder / "run.jsonl"
+
+
 def resnet50(folder):
     """Convert a ResNet-50, and make up a log of the length that a long run has."""
     from torchvision.models import resnet50

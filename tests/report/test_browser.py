@@ -5,7 +5,7 @@ import time
 
 import pytest
 from browser import look, opened
-from reports import resnet50, trained
+from reports import resnet50, trained, with_attention
 
 import nmgraph
 
@@ -105,6 +105,29 @@ def test_nothing_sticks_out_and_everything_can_be_read(shown, width, scheme):
     assert faint["seen"] > 100
     assert faint["below"] == []
     assert (faint["page"] < 0.1) == (scheme == "dark")
+
+
+def test_table_of_a_dozen_layers_needs_no_scrolling_and_cards_fill_their_rows(browser, tmp_path):
+    model, log = with_attention(tmp_path)
+    look(browser)
+    browser.get(nmgraph.report(model, tmp_path / "report.html", log=log).as_uri())
+    assert "still keep more than 1 of 16" in browser.find_element("css selector", "#layers td.decision small").text
+    assert browser.execute_script(
+        "const s = document.querySelector('#layers').parentElement;"
+        "return [s.scrollWidth - s.clientWidth, s.scrollHeight - s.clientHeight]"
+    ) == [0, 0]
+    tall = browser.execute_script(
+        "return Array.from(document.querySelectorAll('#layers tbody tr')).map(r => r.getBoundingClientRect().height)"
+    )
+    assert max(tall) < 120
+    for cards in (".tile", "#training .card"):
+        rows = browser.execute_script(
+            "const count = {}; for (const e of document.querySelectorAll(arguments[0])) "
+            "{ const top = Math.round(e.getBoundingClientRect().top); count[top] = (count[top] || 0) + 1 }"
+            "return Object.values(count)",
+            cards,
+        )
+        assert max(rows) - min(rows) <= 1, (cards, rows)
 
 
 def test_page_prints_in_dark_ink(shown):

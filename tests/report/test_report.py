@@ -3,17 +3,20 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from commands import answer, call
 from models import mlp
-from reports import trained
+from reports import trained, with_attention
 from torch import nn
 
 import nmgraph
 from nmgraph.errors import ConversionError, FileError, MissingPackageError
+from nmgraph.report.charts import draw_metric
 from nmgraph.report.findings import gather
+from nmgraph.report.html import render
 from nmgraph.training.run_log import RunLog
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>&\"'$x$\ud800"
@@ -49,6 +52,36 @@ def test_report_of_a_finished_model_shows_what_holds(run, tmp_path):
         assert f"<h3>{quantity}</h3>" in page.read_text()
 
 
+def test_report_names_the_class_that_a_root_with_a_parameter_of_its_own_had(tmp_path):
+    model, log = with_attention(tmp_path)
+    assert type(model).__name__ == "NMWithAttention"
+    page = nmgraph.report(model, tmp_path / "report.html", log=log)
+    assert "<title>WithAttention: lbc</title>" in page.read_text()
+    assert "NMWithAttention" not in words(page)
+    assert nmgraph.verify(model).subject == "WithAttention"
+    with pytest.raises(ConversionError, match=r"^WithAttention is converted already"):
+        nmgraph.convert(model, method="srste")
+
+
+def test_charts_share_one_range_of_steps(tmp_path):
+    _, log = with_attention(tmp_path)
+    read = RunLog.read(log)
+    short, long = (draw_metric(read, name, "key") for name in ("held_out_accuracy", "loss"))
+    ticks = [re.findall(r'id="key-xtick_\d+".*?x="([\d.]+)"', svg, re.DOTALL) for svg in (short, long)]
+    assert len(ticks[0]) > 3
+    assert ticks[0] == ticks[1]
+
+
+def test_no_more_than_nine_moments_of_a_layer_are_shown_the_first_and_the_last_among_them(tmp_path):
+    model, log = trained(tmp_path)
+    found = gather(model, log=log)
+    again = [replace(found.log.pictures[0], step=step) for step in range(12)]
+    page = render(replace(found, log=replace(found.log, pictures=[*again, *found.log.pictures[-1:]])))
+    moments = re.findall(r"<figcaption>(.*?)<br>", page)
+    assert len(moments) == 9 * len(found.converted)
+    assert (moments[0], moments[8]) == ("step 0", "step 12")
+
+
 def test_page_names_no_address_and_no_path(run, tmp_path):
     model, log, export = run
     text = nmgraph.report(model, tmp_path / "report.html", log=log, export=export).read_text()
@@ -68,7 +101,7 @@ class TwoInputs(nn.Module):
 
 def test_operations_are_counted_for_the_usual_inputs_if_none_were_given(tmp_path):
     model = nmgraph.convert(mlp(), method="static")
-    assert "kept MACs" in words(nmgraph.report(model, tmp_path / "report.html"))
+    assert "MACs are multiply-accumulate" in words(nmgraph.report(model, tmp_path / "report.html"))
     found = gather(model)
     assert found.macs == (sum(p.numel() for p in model.parameters() if p.dim() == 2), found.macs[0] / 2)
     assert found.cost.inference == 0.5
@@ -80,7 +113,7 @@ def test_report_without_anything_says_what_is_missing_and_how_to_get_it(tmp_path
     assert "Training has not finished: not attached yet; 2 of 2 layers are not N:M yet." in said
     for remedy in ("--log run.jsonl", "nmgraph export MODEL.nm.pt", "Train to the end", "--input 1x3x224x224"):
         assert remedy in said
-    assert "kept MACs" not in said
+    assert "MACs are multiply-accumulate" not in said
     assert "Magnitude is" not in said
 
 
