@@ -120,6 +120,14 @@ def test_a_log_that_begins_amid_a_run_costs_what_its_own_steps_do():
     assert needed == pytest.approx(expected, abs=0.005)
 
 
+@pytest.mark.parametrize("method", ["rigl", "bame"])
+def test_a_long_run_is_sampled_and_costs_the_same(method):
+    made, pattern = make_method(method, {}), Pattern(2, 4)
+    works = [made.work(pattern, Clock(step, 400_000, 0.0)) for step in range(400_000)]
+    exact = sum(map(sum, works)) / 3 / len(works)
+    assert planned(method, steps=400_000).ratio == pytest.approx(exact, abs=2e-4)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1:16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_state_is_counted_to_the_byte(method, pattern):
