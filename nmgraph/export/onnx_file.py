@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -27,6 +28,7 @@ from nmgraph.passes.manifest import MANIFEST_KEY, Manifest
 from nmgraph.passes.structure import parameter_of
 
 SITES_KEY = "nmgraph.sites"  # {initializer: [site, ...]}
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
 INLINE_LIMIT = 1 << 30  # bytes; a protobuf file ends at 2 GiB
 
 
@@ -76,6 +78,7 @@ def write_onnx(
             f"({type(cause).__name__}). The dense model has to export with torch.onnx.export(dynamo=True) first."
         ) from error
     assert program is not None
+    _forget_where(program.model)
     if manifest is not None:
         tensors = {name: value.const_value for name, value in program.model.graph.initializers.items()}
         arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
@@ -86,6 +89,13 @@ def write_onnx(
         program.save(str(path), external_data=True)
     else:
         save_streamed(program.model, path)
+
+
+def _forget_where(model: ir.Model) -> None:
+    """Take out the stack traces of the exporter: paths of the machine it ran on are nobody else's concern."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            node.metadata_props.pop(_STACK_TRACE, None)
 
 
 def _open_batch(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

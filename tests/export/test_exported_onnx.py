@@ -374,3 +374,13 @@ def test_polygraphy_looks_at_no_transposed_convolution_and_so_finds_one_weight_l
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ConvTranspose2d(16, 8, 2, stride=2), nn.Conv2d(8, 8, 1))
     exported = export(model, tmp_path / "export", torch.randn(1, 8, 6, 6))
     assert nmgraph_sparse(exported.path) - polygraphy_sparse(exported.path) == {"1.weight"}
+
+
+def test_a_file_names_no_path_of_the_machine_it_was_written_on(tmp_path):
+    model = nmgraph.convert(
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 8)), method="asp"
+    )
+    nmgraph.export(model, tmp_path / "export", example_inputs=torch.randn(1, 8, 4, 4))
+    written = (tmp_path / "export" / "model.onnx").read_bytes()
+    for path in (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(tmp_path)):
+        assert path.encode() not in written
