@@ -1,5 +1,6 @@
 # make demo    convert, train, export and verify a real network on real images; under two minutes after the install
 # make test    the test suite
+# make coverage   the test suite, and which lines it runs; takes longer
 # make lint    ruff, mypy
 # make docs    the documentation as a site, in site/; fails where a page shows what commands no longer print
 # make outputs   runs the commands in the pages, and the notebook, and pastes what they print
@@ -15,13 +16,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_INSTALLED := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs outputs browser bench bindings
+.PHONY: demo test coverage lint docs outputs browser bench bindings
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/python examples/demo_digits.py --out demo-output
 
 test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+coverage: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --cov=nmgraph --cov-report=term
 
 lint: $(INSTALLED)

@@ -330,6 +330,7 @@ def test_export_writes_the_directory_and_reads_it_back(precision, tmp_path):
     assert report.to_dict()["hugging_face"]["holds"] is True
     assert sorted(report.files) == [
         "hf/config.json", "hf/generation_config.json", "hf/model.safetensors", "hf/nmgraph.json", "manifest.json",
+        "report.json",
     ]  # fmt: skip
     assert model.config.to_dict() == before
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

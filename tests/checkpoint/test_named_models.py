@@ -113,9 +113,10 @@ def test_model_that_a_library_does_not_have_is_said(text, said):
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_missing_library_is_named(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
+    there = ", from where your torch came (a CPU build is not PyPI's)" if library == "torchvision" else ""
     assert message(f"{library}:resnet18", error=MissingPackageError) == (
         f"{library}:resnet18 needs the package {library}, which could not be imported: import of {library} halted; None "
-        f"in sys.modules. Install {library} in a version that fits your torch: pip install {library}."
+        f"in sys.modules. Install {library} in a version that fits your torch{there}: pip install {library}."
     )
 
 
