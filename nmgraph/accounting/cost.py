@@ -22,10 +22,10 @@ from nmgraph.accounting.macs import Macs, ModelMacs
 from nmgraph.methods import make_method
 from nmgraph.methods.contract import Clock, Method, Work
 from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.verification import TENSOR_CORES
 from nmgraph.training.run_log import RunLog
 
 DENSE = Work(1.0, 1.0, 1.0)
-_HARDWARE = Pattern(2, 4)
 _MOST_STEPS = 100_003
 """Of a run whose work is added up one by one; of a longer one so many are looked at, a prime, as methods act every 40 or 100."""
 
@@ -114,15 +114,15 @@ def cost_of_run(macs: ModelMacs, log: RunLog) -> TrainingCost:
 
 
 def _cost(macs: ModelMacs, shares: Mapping[str, Share], patterns: Mapping[str, Pattern], steps: int) -> TrainingCost:
-    forward = Macs(*macs.total)
+    dense = macs.total
     reached = {site: _at_end(pattern) for site, pattern in patterns.items()}
     return TrainingCost(
-        forward,
+        dense,
         shares,
         _sum(macs, {site: share.needed for site, share in shares.items()}),
         _sum(macs, {site: share.on_24 for site, share in shares.items()}),
-        _over(_sum(macs, {site: share.needed for site, share in reached.items()})[0], forward.forward),
-        _over(_sum(macs, {site: share.on_24 for site, share in reached.items()})[0], forward.forward),
+        _over(_sum(macs, {site: share.needed for site, share in reached.items()})[0], dense.forward),
+        _over(_sum(macs, {site: share.on_24 for site, share in reached.items()})[0], dense.forward),
         steps,
     )
 
@@ -146,13 +146,13 @@ def _one_way(share: Share) -> Share:
 
 def _at_end(pattern: Pattern) -> Share:
     d = pattern.density
-    return Share(Work(d, d, d), Work(0.5 if pattern.implies(_HARDWARE) else 1.0, 1.0, 1.0))
+    return Share(Work(d, d, d), Work(0.5 if pattern.implies(TENSOR_CORES) else 1.0, 1.0, 1.0))
 
 
 def _on_24(method: Method[Any], pattern: Pattern, densities: Sequence[float]) -> list[Work]:
     """Say what sparse tensor cores do at moments when the forward mask has these densities."""
     sparse = Work(0.5, 0.5 if method.sparse_input_gradient else 1.0, 1.0)
-    if not pattern.implies(_HARDWARE):
+    if not pattern.implies(TENSOR_CORES):
         return [DENSE] * len(densities)
     return [sparse if density <= pattern.density + 1e-6 else DENSE for density in densities]
 

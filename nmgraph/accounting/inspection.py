@@ -22,10 +22,10 @@ from nmgraph.nm.masks import largest, magnitude
 from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.manifest import Entry, Manifest
 from nmgraph.passes.rewrite import Decision, Plan
+from nmgraph.passes.verification import PAYS_FROM, TENSOR_CORES
 
 TOTAL_STEPS = 5_000
 """Of the run that methods are compared for; only phases that are counted in steps depend on it."""
-_CHANNELS = 256  # NVIDIA's maintainers: below, sparse kernels seldom win
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Inspection:
             )
         lines.append(
             "[dim]kept: share of the magnitude that a mask by magnitude keeps. TensorRT: whether a sparse kernel is likely to "
-            f"win there, by the rule of thumb that it takes {_CHANNELS} channels; the builder decides. As published: in the papers' closed "
+            f"win there, by the rule of thumb that it takes {PAYS_FROM} channels; the builder decides. As published: in the papers' closed "
             "forms, for sparse layers alone; asp's counts the dense training before it.[/]"
         )
         return "\n".join(lines)
@@ -184,16 +184,16 @@ def expected_win(shape: tuple[int, ...], groups: int, pattern: Pattern, axis: An
     >>> expected_win((512, 512, 3, 3), 1, Pattern(2, 4), 1), expected_win((64, 64, 1, 1), 1, Pattern(2, 4), 1)
     ('likely', 'unlikely')
     """
-    if not pattern.implies(Pattern(2, 4)) or axis == FLAT:
+    if not pattern.implies(TENSOR_CORES) or axis == FLAT:
         return "no"  # NVIDIA's rule is not kept
     if groups > 1:
         return "no"
     inputs = math.prod(shape) // shape[0] if axis != 0 else shape[0]
     outputs = shape[0] if axis != 0 else math.prod(shape[1:])
     channels = shape[1] if axis == 1 else inputs
-    if min(channels, outputs) >= _CHANNELS:
+    if min(channels, outputs) >= PAYS_FROM:
         return "likely"
-    return "perhaps" if inputs >= _CHANNELS and outputs >= _CHANNELS // 2 else "unlikely"
+    return "perhaps" if inputs >= PAYS_FROM and outputs >= PAYS_FROM // 2 else "unlikely"
 
 
 def _decision(entry: Entry) -> str:

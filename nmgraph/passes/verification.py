@@ -21,7 +21,7 @@ from nmgraph.passes.structure import parameter_of
 
 DEFAULT = Pattern(2, 4)
 TENSOR_CORES = Pattern(2, 4)
-_PAYS_FROM = 256  # channels in and out, by NVIDIA's maintainers; they say of no layer that it will
+PAYS_FROM = 256  # channels in and out, by NVIDIA's maintainers; they say of no layer that it will
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class WeightCheck:
         if not self.ready:
             return ""
         channels = min(self.shape[:2])
-        return "" if channels >= _PAYS_FROM else f"{channels} channels: little gain"
+        return "" if channels >= PAYS_FROM else f"{channels} channels: little gain"
 
 
 @dataclass(frozen=True)
