@@ -314,7 +314,10 @@ def _cost(
     if run is not None and run.records:
         return cost_of_run(macs, run)
     sparse = {name: (weight.told.method, weight.told.pattern) for name, weight in masked.items()}
-    return plan_cost(macs, sparse, *([total_steps] if total_steps else [])) if sparse else None
+    # The same that a log says of each weight.
+    one_way = [n for n, weight in masked.items() if weight.told.method.splits_backward and not weight.splits_backward]
+    steps = [total_steps] if total_steps else []
+    return plan_cost(macs, sparse, *steps, forward_only=one_way) if sparse else None
 
 
 def _layer(entry: Entry, weight: MaskedWeight | None, check: WeightCheck | None, itemsize: int) -> Layer:

@@ -107,6 +107,14 @@ def test_operations_are_counted_for_the_usual_inputs_if_none_were_given(tmp_path
     assert found.cost.inference == 0.5
 
 
+def test_a_packed_weight_without_a_backward_mask_is_planned_without_one():
+    layer, x = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), torch.ones(1, 8, 32)
+    model = nmgraph.convert(nn.Sequential(nn.Linear(32, 32), layer), method="bimask", example_inputs=x)
+    shares = gather(model).cost.layers
+    assert shares["1.self_attn.in_proj_weight"].on_24.input_gradient == 1.0
+    assert shares["1.linear1"].on_24.input_gradient == 0.5
+
+
 def test_report_without_anything_says_what_is_missing_and_how_to_get_it(tmp_path):
     model = nmgraph.convert(TwoInputs(), method="lbc")
     said = words(nmgraph.report(model, tmp_path / "report.html"))
