@@ -9,7 +9,7 @@ from nmgraph.api import accelerate, attach, convert, export, finalize, load, man
 from nmgraph.errors import NMGraphError
 from nmgraph.methods import METHODS
 from nmgraph.nm.pattern import Pattern
-from nmgraph.seeing import inspect, record, report, sensitivity
+from nmgraph.seeing import hardware, inspect, record, report, sensitivity
 
 __all__ = [
     "METHODS",
@@ -20,6 +20,7 @@ __all__ = [
     "convert",
     "export",
     "finalize",
+    "hardware",
     "inspect",
     "load",
     "manifest",

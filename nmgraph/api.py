@@ -34,6 +34,7 @@ from nmgraph.nm.pattern import Pattern
 from nmgraph.passes.eligibility import find_sites
 from nmgraph.passes.finalize import fold, require_finished, require_whole_recipes
 from nmgraph.passes.fold_batchnorm import fold_batchnorms
+from nmgraph.passes.hardware import allow_hardware
 from nmgraph.passes.manifest import Manifest, find_manifest, require_manifest, write_manifest
 from nmgraph.passes.permute_channels import ChannelPlan, plan_permutation, require_same_answer
 from nmgraph.passes.projection import Projection
@@ -82,6 +83,7 @@ def convert(
     preset: str | None = None,
     permute_channels: bool = False,
     mode: str = "auto",
+    hardware: str = "auto",
     tracer: fx.Tracer | None = None,
     concrete_args: dict[str, Any] | None = None,
     progress: Progress = silent,
@@ -111,6 +113,9 @@ def convert(
             that the model's answer stays the same. Its weights are then no longer in the order of the dense checkpoint.
         mode: ``"auto"`` changes layers in place; ``"graph"`` returns a whole ``torch.fx.GraphModule`` that shares
             the model's parameters, and leaves the model itself as it was.
+        hardware: ``"auto"`` trains layers on sparse tensor cores where these are faster, in half precision, on a GPU
+            that has them; ``"off"`` multiplies by masked weights, ``"force"`` never where it can be helped.
+            ``nmgraph.hardware(model)`` says what was chosen.
         tracer: a tracer of your own for the model as a whole, such as one with other leaves.
         concrete_args: arguments of the forward to fix while tracing, as ``torch.fx.symbolic_trace`` takes them.
         progress: called with what begins.
@@ -151,6 +156,7 @@ def convert(
     try:
         rewrite(model, planned.recipes)
         _require_masks_read(model, planned)
+        allow_hardware(model, hardware)
     except BaseException:
         unmask_all(model)
         if order is not None:
@@ -540,7 +546,9 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
     write_nm_file(model, path, factory)
 
 
-def load(path: str | Path, *, model: nn.Module | str | None = None, trust: Sequence[str] = ()) -> nn.Module:
+def load(
+    path: str | Path, *, model: nn.Module | str | None = None, trust: Sequence[str] = (), hardware: str = "auto"
+) -> nn.Module:
     """Read a converted model from a ``.nm.pt`` file, ready to train on; or a finalized one from ``.safetensors``.
 
     Args:
@@ -550,6 +558,7 @@ def load(path: str | Path, *, model: nn.Module | str | None = None, trust: Seque
             ``.safetensors`` file it has to be given: its weights are replaced, its dtype and device stay.
         trust: packages whose pickled classes may be loaded, besides torch, torchvision, timm and transformers;
             ``torch.export`` allows exported programs (``.pt2``).
+        hardware: as for ``convert``.
 
     Raises:
         FileError: if the file cannot be read or does not fit the model.
@@ -562,7 +571,9 @@ def load(path: str | Path, *, model: nn.Module | str | None = None, trust: Seque
         raise FileError(
             f"{path} is no converted model. Make one with nmgraph.convert and nmgraph.save, or `nmgraph convert {path}`."
         )
-    return read_nm_file(content, str(path), _made(model, trust), trust)
+    loaded = read_nm_file(content, str(path), _made(model, trust), trust)
+    allow_hardware(loaded, hardware)
+    return loaded
 
 
 def _made(model: nn.Module | str | None, trust: Sequence[str]) -> nn.Module | None:

@@ -20,6 +20,8 @@ from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import find_preset, make_method
 from nmgraph.methods.contract import Method
 from nmgraph.nm.pattern import Pattern
+from nmgraph.passes.hardware import HardwareReport, report_hardware
+from nmgraph.passes.manifest import require_manifest
 from nmgraph.passes.rewrite import require_finite
 from nmgraph.passes.sensitivity import USUAL_PATTERNS, Sensitivity, measure
 from nmgraph.passes.structure import unwrapped
@@ -73,6 +75,21 @@ def inspect(
     macs = None if inputs is None else count_macs(model, inputs.call)
     progress("comparing methods")
     return inspect_plan(planned, macs, "" if inputs is None else str(inputs))
+
+
+def hardware(model: nn.Module) -> HardwareReport:
+    """Say which layers of a converted model train on sparse tensor cores, what that gains, and why others do not.
+
+    Args:
+        model: converted; a wrapper around it (torch.compile, DDP) is looked through. What was not called yet is not
+            known; print the report after the first steps.
+
+    Raises:
+        ConversionError: if the model is not converted.
+    """
+    model = unwrapped(model)
+    require_manifest(model)
+    return report_hardware(model)
 
 
 def sensitivity(

@@ -13,6 +13,7 @@ def test_front_door_is_what_the_design_names():
         "convert",
         "export",
         "finalize",
+        "hardware",
         "inspect",
         "load",
         "manifest",

@@ -21,8 +21,7 @@ import torch
 from nmgraph.accounting.macs import Macs, ModelMacs
 from nmgraph.methods import make_method
 from nmgraph.methods.contract import Clock, Method, Work
-from nmgraph.nm.pattern import Pattern
-from nmgraph.passes.verification import TENSOR_CORES
+from nmgraph.nm.pattern import TENSOR_CORES, Pattern
 from nmgraph.training.run_log import RunLog
 
 DENSE = Work(1.0, 1.0, 1.0)

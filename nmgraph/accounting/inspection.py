@@ -19,10 +19,10 @@ from nmgraph.methods import METHODS, make_method
 from nmgraph.methods.contract import Method
 from nmgraph.nm.grouping import FLAT, canonical
 from nmgraph.nm.masks import largest, magnitude
-from nmgraph.nm.pattern import Pattern
+from nmgraph.nm.pattern import TENSOR_CORES, Pattern
 from nmgraph.passes.manifest import Entry, Manifest
 from nmgraph.passes.rewrite import Decision, Plan
-from nmgraph.passes.verification import PAYS_FROM, TENSOR_CORES
+from nmgraph.passes.verification import PAYS_FROM
 
 TOTAL_STEPS = 5_000
 """Of the run that methods are compared for; only phases that are counted in steps depend on it."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from nmgraph.errors import ExportError, PatternError
 from nmgraph.nm.grouping import FLAT
-from nmgraph.nm.pattern import Pattern
+from nmgraph.nm.pattern import TENSOR_CORES, Pattern
 from nmgraph.passes.manifest import Entry, Manifest
-from nmgraph.passes.verification import TENSOR_CORES, Verification
+from nmgraph.passes.verification import Verification
 
 
 def parse_projection(text: str | Pattern) -> Pattern:

@@ -18,10 +18,7 @@ _HF_CONV1D = "transformers.pytorch_utils", "Conv1D"  # a linear layer with its w
 
 def layer_base(module: nn.Module) -> type[nn.Module] | None:
     """Give the class among a module's bases that makes it a layer of a known kind; None if there is none."""
-    for base in type(module).__mro__:
-        if base in _BY_AXIS or (base.__module__, base.__name__) == _HF_CONV1D:
-            return base
-    return None
+    return next(filter(_is_base, type(module).__mro__), None)
 
 
 def is_layer(module: object) -> bool:
@@ -36,6 +33,16 @@ def layer_axis(module: nn.Module) -> int:
     return _BY_AXIS.get(base, 0)
 
 
+def has_own_forward(kind: type[nn.Module]) -> bool:
+    """Tell whether a class of layers computes otherwise than the class that makes it one."""
+    base = next(b for b in kind.__mro__ if _is_base(b))
+    return any(getattr(kind, f, None) is not getattr(base, f, None) for f in ("forward", "_conv_forward"))
+
+
 def is_transposed_convolution(module: nn.Module) -> bool:
     """Tell whether a layer's groups divide axis 0 of its weight, its input channels."""
     return isinstance(module, nn.modules.conv._ConvTransposeNd)
+
+
+def _is_base(kind: type) -> bool:
+    return kind in _BY_AXIS or (kind.__module__, kind.__name__) == _HF_CONV1D

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nmgraph.errors import ConversionError
+from nmgraph.layers.hardware import Hardware, product
 from nmgraph.layers.input_gradient import split_forward
 from nmgraph.layers.kinds import is_layer
 from nmgraph.layers.recipe import Recipe
@@ -45,7 +46,7 @@ PREFIX = "nm_"
 _SHARDING = ("reset_sharded_param", "_partition_linear_fn", "_get_fqns", "_safe_setattr_tensor_or_param")
 
 _CLASSES: dict[
-    tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]
+    tuple[type[nn.Module], tuple[str, ...], bool, bool], type[nn.Module]
 ] = {}  # one class for all modules of a kind
 
 
@@ -73,14 +74,28 @@ class Note:
         training: shared by all sites of a model.
         at_gradient: a fingerprint of the weight when a gradient last came back.
         leader: where the parameter is masked, if another module shares it and this one only reads it.
+        hardware: what is known of sparse tensor cores, if the layer may use them.
     """
 
-    def __init__(self, site: str, told: Recipe, training: Training, leader: tuple[Masked, str] | None = None) -> None:
-        self.site, self.told, self.training, self.leader = site, told, training, leader
+    def __init__(
+        self,
+        site: str,
+        told: Recipe,
+        training: Training,
+        leader: tuple[Masked, str] | None = None,
+        hardware: Hardware | None = None,
+    ) -> None:
+        self.site, self.told, self.training, self.leader, self.hardware = site, told, training, leader, hardware
         self.at_gradient: float | None = None
 
+    def forget(self) -> None:
+        """Know nothing of the weight as it was before."""
+        self.at_gradient = None
+        if self.hardware is not None:
+            self.hardware.forget()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Note, (self.site, self.told, self.training, self.leader)
+        return Note, (self.site, self.told, self.training, self.leader, self.hardware)
 
 
 class MaskedWeight:
@@ -149,6 +164,13 @@ class MaskedWeight:
             buffer = local(self.buffer(name))  # of a sharded one this process's part is set
             if buffer is not value:
                 buffer.copy_(value)
+        if self.hardware is not None:
+            self.hardware.forget()
+
+    @property
+    def hardware(self) -> Hardware | None:
+        """What is known of sparse tensor cores, if the layer may use them."""
+        return self.layer.nm_notes[self.key].hardware
 
     @property
     def clock(self) -> Tensor:
@@ -162,18 +184,30 @@ class MaskedWeight:
 
     def operand(self) -> Operand:
         """Compute what the module multiplies by, each in the raw parameter's shape and memory format."""
+        method, pattern = self.told.method, self.told.pattern
+        operand = Operand(*self._as_raw(lambda w_OSC, state: method.operand(w_OSC, state, pattern)))
+        if not torch.compiler.is_compiling():
+            self._watch_training(operand.forward)
+        return operand
+
+    def forward_weight(self) -> Tensor:
+        """Compute the forward one alone."""
+        method, pattern = self.told.method, self.told.pattern
+        forward: Tensor
+        (forward,) = self._as_raw(lambda w_OSC, state: (method.forward_weight(w_OSC, state, pattern),))
+        if not torch.compiler.is_compiling():
+            self._watch_training(forward)
+        return forward
+
+    def _as_raw(self, compute: Callable[[Tensor, Any], tuple[Tensor | None, ...]]) -> tuple[Any, ...]:
+        """Compute weights of ``w_OSC`` and the state; give them as the raw parameter is, sharded if it is."""
         told, raw = self.told, self.raw
         across = told.method.operand_looks_across
         seen = whole(raw) if across else local(raw)
         layout = self._state_layout() if is_sharded(raw) and not across else None
-        operand = told.method.operand(canonical(seen, told.reduction_axis), self.state_beside(layout), told.pattern)
-        forward, backward = (None if t is None else restore_like(seen, t, told.reduction_axis) for t in operand)
-        if is_sharded(raw):
-            forward, backward = (None if t is None else spread(t, raw, across) for t in (forward, backward))
-        assert forward is not None
-        if not torch.compiler.is_compiling():
-            self._watch_training(forward)
-        return Operand(forward, backward)
+        found = compute(canonical(seen, told.reduction_axis), self.state_beside(layout))
+        weights = tuple(None if t is None else restore_like(seen, t, told.reduction_axis) for t in found)
+        return tuple(None if t is None else spread(t, raw, across) for t in weights) if is_sharded(raw) else weights
 
     def mask(self) -> Tensor:
         """Compute the current forward mask: bool, in the raw parameter's shape; training on does not change it.
@@ -275,6 +309,7 @@ class Masked(nn.Module):
     nm_base: ClassVar[type[nn.Module]]
     nm_keys: ClassVar[tuple[str, ...]]
     nm_splits: ClassVar[bool] = False
+    nm_accelerates: ClassVar[bool] = False
 
     nm_notes: dict[str, Note]
 
@@ -300,7 +335,7 @@ class Masked(nn.Module):
             # So are model.half() and .to(bfloat16); scores and averages would drown in so few bits.
             self._buffers[name] = after if after.dtype == before.dtype else before.to(device=after.device)
         for note in self.nm_notes.values():
-            note.at_gradient = None
+            note.forget()
         return self
 
     def _own_buffer_names(self) -> list[str]:
@@ -335,7 +370,7 @@ class Masked(nn.Module):
                     "or load the checkpoint as it was saved."
                 )
                 return
-            note.at_gradient = None
+            note.forget()
         for name, buffer in self._empty_buffers().items():
             state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(
@@ -344,7 +379,7 @@ class Masked(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on the fly, so a pickle names the module's own class and makes it again.
-        return _rebuild, (self.nm_base, self.nm_keys, self.nm_splits), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _rebuild, (self.nm_base, self.nm_keys, self.nm_splits, self.nm_accelerates), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 class SplitMasked(Masked):
@@ -360,6 +395,17 @@ class SplitMasked(Masked):
         if operand.backward is None:
             raise RuntimeError(f"{masked.site}: {masked.told.method.name} promised a backward weight and gave none.")
         return split_forward(self, x, operand.forward, operand.backward, *rest)
+
+
+class AcceleratedMasked(Masked):
+    """Masked layer that multiplies on sparse tensor cores where it may and gains by it."""
+
+    nm_accelerates = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Multiply by the masked weight."""
+        y = product(MaskedWeight(self), *args, *kwargs.values())
+        return super().forward(*args, **kwargs) if y is None else y
 
 
 def sparsify(layer: nn.Module, key: str, site: str, recipe: Recipe, training: Training) -> MaskedWeight:
@@ -413,6 +459,14 @@ def _laid_out_like(w_OSC: Tensor, t_OSC: Tensor) -> Tensor:
     if t_OSC.stride() == w_OSC.stride():
         return t_OSC
     return torch.empty_like(w_OSC, dtype=t_OSC.dtype, device=t_OSC.device).copy_(t_OSC)
+
+
+def accelerate(weight: MaskedWeight, hardware: Hardware | None) -> None:
+    """Let a layer multiply on sparse tensor cores, in place, or no longer."""
+    layer = weight.layer
+    layer.nm_notes[weight.key].hardware = hardware
+    if layer.nm_accelerates != (hardware is not None):
+        _give_class(layer, _masked_class(layer.nm_base, layer.nm_keys, layer.nm_splits, hardware is not None))
 
 
 def follow(layer: nn.Module, key: str, leader: MaskedWeight) -> None:
@@ -485,7 +539,8 @@ def _take_note(layer: nn.Module, key: str, note: Note, splits: bool) -> Masked:
         _give_class(layer, _masked_class(type(layer), (key,), splits))
         layer.__dict__["nm_notes"] = {}
     elif key not in layer.nm_keys:
-        _give_class(layer, _masked_class(layer.nm_base, (*layer.nm_keys, key), layer.nm_splits or splits))
+        splits = layer.nm_splits or splits
+        _give_class(layer, _masked_class(layer.nm_base, (*layer.nm_keys, key), splits, layer.nm_accelerates))
     masked: Any = layer
     masked.nm_notes[key] = note
     return masked  # type: ignore[no-any-return]
@@ -495,14 +550,16 @@ def _prefix(key: str) -> str:
     return PREFIX if key == "weight" else f"{PREFIX}{key}_"
 
 
-def _masked_class(base: type[nn.Module], keys: tuple[str, ...], splits: bool) -> type[nn.Module]:
-    kind = (base, keys, splits)
+def _masked_class(
+    base: type[nn.Module], keys: tuple[str, ...], splits: bool, accelerates: bool = False
+) -> type[nn.Module]:
+    kind = (base, keys, splits, accelerates)
     if kind not in _CLASSES:
-        mixin: type[nn.Module] = SplitMasked if splits else Masked
+        mixins = (*([AcceleratedMasked] if accelerates else []), SplitMasked if splits else Masked)
         # The base's own __module__: tracers take torch.nn's layers as leaves by it, and must go on doing so.
         names = {"nm_base": base, "nm_keys": keys, "__module__": base.__module__}
         properties = {key: _masked_property(key) for key in keys}
-        made: Any = type(f"NM{base.__name__}", (mixin, base), names | properties)
+        made: Any = type(f"NM{base.__name__}", (*mixins, base), names | properties)
         _CLASSES.setdefault(kind, made)
     return _CLASSES[kind]
 
@@ -516,7 +573,7 @@ def _masked_property(key: str) -> property:
             masked = MaskedWeight(*(note.leader or (self, key)))
             if _wants_the_parameter():
                 return masked.raw
-            return masked.operand().forward
+            return masked.forward_weight()
         except AttributeError as error:
             # nn.Module would answer an AttributeError with the raw, dense parameter.
             raise RuntimeError(f"{note.site}: the masked weight could not be computed: {error}") from error
@@ -540,6 +597,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def _rebuild(base: type[nn.Module], keys: tuple[str, ...], splits: bool) -> nn.Module:
-    cls = _masked_class(base, keys, splits)
+def _rebuild(base: type[nn.Module], keys: tuple[str, ...], splits: bool, accelerates: bool = False) -> nn.Module:
+    cls = _masked_class(base, keys, splits, accelerates)
     return cls.__new__(cls)

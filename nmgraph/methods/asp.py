@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import check_range
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
@@ -78,8 +78,8 @@ class ASP(Method[ASPState]):
     def mask(self, w_OSC: Tensor, state: ASPState, pattern: Pattern) -> Tensor:
         return state.mask
 
-    def operand(self, w_OSC: Tensor, state: ASPState, pattern: Pattern) -> Operand:
-        return Operand(masked(w_OSC, state.mask))
+    def forward_weight(self, w_OSC: Tensor, state: ASPState, pattern: Pattern) -> Tensor:
+        return masked(w_OSC, state.mask)
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: ASPState, pattern: Pattern, clock: Clock) -> Update:
         if clock.progress_before < self.recompute_at <= clock.progress:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, kept_after
 from nmgraph.methods.static import BAME_CIFAR
 from nmgraph.nm.fused import top_n, top_n_staying
@@ -179,11 +179,14 @@ class BAME(Method[BAMEState]):
     def mask(self, w_OSC: Tensor, state: BAMEState, pattern: Pattern) -> Tensor:
         return state.mask
 
-    def operand(self, w_OSC: Tensor, state: BAMEState, pattern: Pattern) -> Operand:
-        forward = straight_through(w_OSC, state.mask, passes=state.mask | state.dense)
-        if not self.bidirectional:
-            return Operand(forward)
-        return Operand(forward, column_sparse(forward, state.permutation, pattern, state.keep))
+    def forward_weight(self, w_OSC: Tensor, state: BAMEState, pattern: Pattern) -> Tensor:
+        return straight_through(w_OSC, state.mask, passes=state.mask | state.dense)
+
+    def backward_weight(self, forward_OSC: Tensor, state: BAMEState, pattern: Pattern) -> Tensor | None:
+        return column_sparse(forward_OSC, state.permutation, pattern, state.keep) if self.bidirectional else None
+
+    def row_order(self, state: BAMEState) -> Tensor | None:
+        return state.permutation if self.bidirectional and self.candidates else None
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: BAMEState, pattern: Pattern, clock: Clock) -> Update:
         before = state.mask

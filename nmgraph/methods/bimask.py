@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import check_range
 from nmgraph.methods.srste import refined_by_magnitude
 from nmgraph.nm.masks import magnitude_mask
@@ -132,13 +132,18 @@ class BiMask(Method[BiMaskState]):
     def mask(self, w_OSC: Tensor, state: BiMaskState, pattern: Pattern) -> Tensor:
         return magnitude_mask(w_OSC.detach(), pattern)
 
-    def operand(self, w_OSC: Tensor, state: BiMaskState, pattern: Pattern) -> Operand:
-        forward = largest_straight_through(w_OSC, pattern)
+    def forward_weight(self, w_OSC: Tensor, state: BiMaskState, pattern: Pattern) -> Tensor:
+        return largest_straight_through(w_OSC, pattern)
+
+    def backward_weight(self, forward_OSC: Tensor, state: BiMaskState, pattern: Pattern) -> Tensor | None:
         if not self.backward_mask:
-            return Operand(forward)
+            return None
         scores = None if self.criterion == "weight" else state.salience
         # Eq. 11, in the rows' own order
-        return Operand(forward, column_sparse(forward, state.permutation, pattern, scores_OSC=scores))
+        return column_sparse(forward_OSC, state.permutation, pattern, scores_OSC=scores)
+
+    def row_order(self, state: BiMaskState) -> Tensor | None:
+        return state.permutation if self.permute else None
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: BiMaskState, pattern: Pattern, clock: Clock) -> Update:
         if self._permutes(clock):

@@ -1,6 +1,7 @@
 """What a training method is: pure functions of tensors, at two moments of a step.
 
-In the forward, ``Method.operand`` says what the layer multiplies by. Before ``optimizer.step``,
+In the forward, ``Method.operand`` says what the layer multiplies by: a weight for the product, and perhaps one for the
+input gradient. Before ``optimizer.step``,
 ``Method.update`` sees the reduced, unscaled, accumulated gradient once, gives back the one the optimizer
 shall use, and moves the method's state on. A method never owns tensors and never sees a module: its state is a
 NamedTuple of tensors which the layer keeps as buffers. Weights, gradients and masks come and go as ``w_OSC``
@@ -145,7 +146,7 @@ class Method(ABC, Generic[State]):
 
     @property
     def splits_backward(self) -> bool:
-        """Tell whether ``operand`` always gives a backward weight."""
+        """Tell whether there is always a ``backward_weight``."""
         return False
 
     @property
@@ -183,8 +184,21 @@ class Method(ABC, Generic[State]):
         """Make the state for a weight."""
 
     @abstractmethod
+    def forward_weight(self, w_OSC: Tensor, state: State, pattern: Pattern) -> Tensor:
+        """Give the weight of ``Y = X Wᵀ``; differentiable with respect to ``w_OSC``."""
+
+    def backward_weight(self, forward_OSC: Tensor, state: State, pattern: Pattern) -> Tensor | None:
+        """Give the weight of ``dX = dY W`` if it is not the forward one, which is given; without a gradient."""
+        return None
+
+    def row_order(self, state: State) -> Tensor | None:
+        """Give the order of rows, int64 ``[O]``, in which the weight of ``dX`` is N:M along them; None is their own."""
+        return None
+
     def operand(self, w_OSC: Tensor, state: State, pattern: Pattern) -> Operand:
-        """Say what the layer multiplies by; differentiable with respect to ``w_OSC``."""
+        """Say what the layer multiplies by, both ways."""
+        forward = self.forward_weight(w_OSC, state, pattern)
+        return Operand(forward, self.backward_weight(forward, state, pattern))
 
     @abstractmethod
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: State, pattern: Pattern, clock: Clock) -> Update:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, ramp
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import Pattern
@@ -95,11 +95,11 @@ class DecayingMask(Method[DecayingMaskState]):
     def mask(self, w_OSC: Tensor, state: DecayingMaskState, pattern: Pattern) -> Tensor:
         return magnitude_mask(w_OSC.detach(), pattern) | (state.factor > 0)
 
-    def operand(self, w_OSC: Tensor, state: DecayingMaskState, pattern: Pattern) -> Operand:
+    def forward_weight(self, w_OSC: Tensor, state: DecayingMaskState, pattern: Pattern) -> Tensor:
         mask, factor = magnitude_mask(w_OSC.detach(), pattern), state.factor.to(w_OSC.dtype)
         # Where δ has come to 0, zero is meant, whatever it is a multiple of.
         value = masked(torch.where(mask, w_OSC, factor * w_OSC), mask | (factor > 0))
-        return Operand(value if self.gradient_flow == "faded" else replaced(w_OSC, value))
+        return value if self.gradient_flow == "faded" else replaced(w_OSC, value)
 
     def update(
         self, w_OSC: Tensor, grad_OSC: Tensor, state: DecayingMaskState, pattern: Pattern, clock: Clock

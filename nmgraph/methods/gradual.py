@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, kept_after
 from nmgraph.methods.srste import refined_by_magnitude
 from nmgraph.nm.masks import magnitude_mask, prune_further
@@ -97,10 +97,10 @@ class Gradual(Method[GradualState]):
     def mask(self, w_OSC: Tensor, state: GradualState, pattern: Pattern) -> Tensor:
         return state.mask if self.base == "asp" else magnitude_mask(w_OSC.detach(), pattern, state.keep)
 
-    def operand(self, w_OSC: Tensor, state: GradualState, pattern: Pattern) -> Operand:
+    def forward_weight(self, w_OSC: Tensor, state: GradualState, pattern: Pattern) -> Tensor:
         if self.base == "srste":
-            return Operand(largest_straight_through(w_OSC, pattern, state.keep))
-        return Operand(masked(w_OSC, state.mask))
+            return largest_straight_through(w_OSC, pattern, state.keep)
+        return masked(w_OSC, state.mask)
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: GradualState, pattern: Pattern, clock: Clock) -> Update:
         if self.base == "srste" and self.decay:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nmgraph.errors import MethodError
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, cubic, ramp
 from nmgraph.nm.fused import top_n
 from nmgraph.nm.grouping import blocks
@@ -137,8 +137,8 @@ class LBC(Method[LBCState]):
     def mask(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> Tensor:
         return state.mask
 
-    def operand(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> Operand:
-        return Operand(masked(w_OSC, state.mask))  # Eq. 7
+    def forward_weight(self, w_OSC: Tensor, state: LBCState, pattern: Pattern) -> Tensor:
+        return masked(w_OSC, state.mask)  # Eq. 7
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: LBCState, pattern: Pattern, clock: Clock) -> Update:
         alive_left = pattern.combinations - self.removed(clock.progress, pattern)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nmgraph.compilation import is_plain
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import CURVES, check_phase, check_range, ramp
 from nmgraph.methods.srste import refined
 from nmgraph.nm.fused import zero_outside
@@ -114,14 +114,14 @@ class MaxQ(Method[MaxQState]):
         dense_OSG1 = dense_K.reshape(*w_OSC.shape[:2], -1, 1)
         return (blocks(magnitude_mask(w_OSC, pattern), pattern.m) | dense_OSG1).flatten(-2)
 
-    def operand(self, w_OSC: Tensor, state: MaxQState, pattern: Pattern) -> Operand:
+    def forward_weight(self, w_OSC: Tensor, state: MaxQState, pattern: Pattern) -> Tensor:
         w = w_OSC.detach()
         query = 1.0 + self._query(w.flatten(1).abs().float(), pattern).reshape(w.shape)  # within each filter
         if w.shape[1] > 1:  # within each kernel position, where there are several
             across = w.transpose(0, 1)
             query = query + self._query(across.flatten(1).abs().float(), pattern).reshape(across.shape).transpose(0, 1)
         value = zero_outside(self.mask(w, state, pattern), w * query.to(w.dtype))
-        return Operand(replaced(w_OSC, value))
+        return replaced(w_OSC, value)
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: MaxQState, pattern: Pattern, clock: Clock) -> Update:
         if self.decay:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import check_range
 from nmgraph.methods.static import BAME_CIFAR, Static
 from nmgraph.nm.fused import top_n, top_n_staying
@@ -94,8 +94,8 @@ class RigL(Method[RigLState]):
     def mask(self, w_OSC: Tensor, state: RigLState, pattern: Pattern) -> Tensor:
         return state.mask
 
-    def operand(self, w_OSC: Tensor, state: RigLState, pattern: Pattern) -> Operand:
-        return Operand(straight_through(w_OSC, state.mask, passes=state.mask | state.dense))
+    def forward_weight(self, w_OSC: Tensor, state: RigLState, pattern: Pattern) -> Tensor:
+        return straight_through(w_OSC, state.mask, passes=state.mask | state.dense)
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: RigLState, pattern: Pattern, clock: Clock) -> Update:
         mask, restart = state.mask, None

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import check_phase, check_range, kept_count, ramp
 from nmgraph.nm.fused import Blockwise, zero_outside
 from nmgraph.nm.masks import magnitude_mask
@@ -119,8 +119,8 @@ class SRSTE(Method[SRSTEState]):
     def mask(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> Tensor:
         return magnitude_mask(w_OSC.detach(), pattern, state.keep)
 
-    def operand(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> Operand:
-        return Operand(largest_straight_through(w_OSC, pattern, state.keep))  # Eq. 4 and 7
+    def forward_weight(self, w_OSC: Tensor, state: SRSTEState, pattern: Pattern) -> Tensor:
+        return largest_straight_through(w_OSC, pattern, state.keep)  # Eq. 4 and 7
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: SRSTEState, pattern: Pattern, clock: Clock) -> Update:
         # Here and not in backward, where gradient accumulation would multiply the decay and a loss scale divide it.

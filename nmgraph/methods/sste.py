@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.nm.grouping import blocks
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.straight_through import replaced
@@ -63,8 +63,8 @@ class SSTE(Method[SSTEState]):
     def mask(self, w_OSC: Tensor, state: SSTEState, pattern: Pattern) -> Tensor:
         return soft_threshold(w_OSC.detach(), pattern) != 0
 
-    def operand(self, w_OSC: Tensor, state: SSTEState, pattern: Pattern) -> Operand:
-        return Operand(replaced(w_OSC, state.scale * soft_threshold(w_OSC.detach(), pattern)))
+    def forward_weight(self, w_OSC: Tensor, state: SSTEState, pattern: Pattern) -> Tensor:
+        return replaced(w_OSC, state.scale * soft_threshold(w_OSC.detach(), pattern))
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: SSTEState, pattern: Pattern, clock: Clock) -> Update:
         return Update(state, grad_OSC)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.nm.masks import random_mask
 from nmgraph.nm.pattern import Pattern
 from nmgraph.nm.randomness import generator, seed_of
@@ -65,8 +65,8 @@ class Static(Method[StaticState]):
     def mask(self, w_OSC: Tensor, state: StaticState, pattern: Pattern) -> Tensor:
         return state.mask
 
-    def operand(self, w_OSC: Tensor, state: StaticState, pattern: Pattern) -> Operand:
-        return Operand(masked(w_OSC, state.mask))
+    def forward_weight(self, w_OSC: Tensor, state: StaticState, pattern: Pattern) -> Tensor:
+        return masked(w_OSC, state.mask)
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: StaticState, pattern: Pattern, clock: Clock) -> Update:
         return Update(state, grad_OSC)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from nmgraph.methods.contract import Clock, Method, Operand, Preset, Update, Work
+from nmgraph.methods.contract import Clock, Method, Preset, Update, Work
 from nmgraph.methods.schedule import check_range
 from nmgraph.methods.srste import refined
 from nmgraph.nm.pattern import Pattern
@@ -85,8 +85,8 @@ class TMask(Method[TMaskState]):
     def mask(self, w_OSC: Tensor, state: TMaskState, pattern: Pattern) -> Tensor:
         return state.mask
 
-    def operand(self, w_OSC: Tensor, state: TMaskState, pattern: Pattern) -> Operand:
-        return Operand(straight_through(w_OSC, state.mask))
+    def forward_weight(self, w_OSC: Tensor, state: TMaskState, pattern: Pattern) -> Tensor:
+        return straight_through(w_OSC, state.mask)
 
     def update(self, w_OSC: Tensor, grad_OSC: Tensor, state: TMaskState, pattern: Pattern, clock: Clock) -> Update:
         if self.decay:

@@ -98,3 +98,6 @@ class Pattern:
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+TENSOR_CORES = Pattern(2, 4)  # what sparse tensor cores take

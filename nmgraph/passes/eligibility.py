@@ -12,14 +12,13 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from nmgraph.layers.kinds import is_layer, is_transposed_convolution, layer_axis
+from nmgraph.layers.kinds import has_own_forward, is_layer, is_transposed_convolution, layer_axis
 from nmgraph.layers.masked import site_name
 from nmgraph.layers.recipe import Recipe
 from nmgraph.nm.grouping import FLAT, Axis
 from nmgraph.passes.products import LOOKUP, Use
 from nmgraph.passes.refusals import QUANTIZATION, Refusal, Surroundings, grouped, layer_obstacle, weight_obstacle
 from nmgraph.passes.trace import Uses
-from nmgraph.passes.trial import has_own_forward
 
 _ATTENTION_KEYS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _CELL_KEYS = ("weight_ih", "weight_hh")
@@ -118,7 +117,12 @@ def judge(site: Site, recipe: Recipe, *, included: bool = False) -> Refusal | No
         fits = pattern.fitting(length)
         remedy = f"choose {fits[0]} for it" if fits else "no usual pattern fits"
         return Refusal(pattern.misfit(length, "input feature" if len(site.shape) == 2 else what), remedy)
-    if recipe.method.splits_backward and site.is_layer and site.module is not None and has_own_forward(site.module):
+    if (
+        recipe.method.splits_backward
+        and site.is_layer
+        and site.module is not None
+        and has_own_forward(type(site.module))
+    ):
         return Refusal(
             f"{type(site.module).__name__} has a forward of its own, which takes no backward mask",
             "choose a method without one, such as srste",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from nmgraph.layers.kinds import layer_axis, layer_base
+from nmgraph.layers.kinds import has_own_forward, layer_axis
 from nmgraph.passes.structure import copy_structure
 
 _MULTIPLY = {
@@ -18,15 +18,9 @@ _MULTIPLY = {
 }  # fmt: skip
 
 
-def has_own_forward(layer: nn.Module) -> bool:
-    """Tell whether a layer computes otherwise than the class that makes it one."""
-    base = layer_base(layer)
-    return any(getattr(type(layer), f, None) is not getattr(base, f, None) for f in ("forward", "_conv_forward"))
-
-
 def failed_trial(layer: nn.Module) -> str:
     """Say why zeros in a layer's weight would not be zeros in its product; empty if they are."""
-    if not has_own_forward(layer):
+    if not has_own_forward(type(layer)):
         return ""
     name = type(layer).__name__
     try:

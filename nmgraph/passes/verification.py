@@ -15,12 +15,11 @@ from nmgraph.layers.kinds import is_layer, layer_axis
 from nmgraph.layers.masked import PREFIX, class_name, masked_weights, site_name
 from nmgraph.nm.grouping import FLAT, Axis, canonical
 from nmgraph.nm.masks import check_blocks
-from nmgraph.nm.pattern import Pattern
+from nmgraph.nm.pattern import TENSOR_CORES, Pattern
 from nmgraph.passes.manifest import Manifest, find_manifest
 from nmgraph.passes.structure import parameter_of
 
 DEFAULT = Pattern(2, 4)
-TENSOR_CORES = Pattern(2, 4)
 PAYS_FROM = 256  # channels in and out, by NVIDIA's maintainers; they say of no layer that it will
 
 

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from nmgraph.errors import TrainingError
+from nmgraph.layers.hardware import follow
 from nmgraph.layers.masked import MaskedWeight, masked_weights
 from nmgraph.layers.sharding import local, reshard
 from nmgraph.methods.contract import Clock
@@ -56,6 +57,7 @@ class Controller:
             missing = method.too_short(self.total_steps)
             if missing:
                 _log.warning("%s in %d steps: %s.", method.name, self.total_steps, missing)
+        self._follow_masks()
         self._hook = self._optimizers[-1].register_step_pre_hook(self._before_step)
         self._looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet(self._optimizers)
         _watch_all_optimizers()
@@ -132,6 +134,7 @@ class Controller:
         for name in names:
             weight = self._weights.pop(name)
             del weight.training.attached[weight.site]
+            follow(weight, claimed=False)
         if not self._weights:
             self._hook.remove()
             _controllers.discard(self)
@@ -159,6 +162,20 @@ class Controller:
             weight.clock[0] += 1
             clock, _, step = self._clocks[name]
             self._clocks[name] = (clock, clock._version, step + 1)
+        self._follow_masks()
+
+    def _follow_masks(self) -> None:
+        """Let products run on sparse tensor cores once methods say that their masks are N:M."""
+        claimed: dict[tuple[Any, ...], bool] = {}
+        for name, weight in self._weights.items():
+            if weight.hardware is None:
+                continue
+            told, step = weight.told, self._clocks[name][2]
+            kind = told.method, told.pattern, step
+            if kind not in claimed:
+                work = told.method.work(told.pattern, Clock(step, self.total_steps, 0.0))
+                claimed[kind] = work.forward <= told.pattern.density
+            follow(weight, claimed[kind])
 
     @torch.no_grad()
     def _update(self) -> bool:

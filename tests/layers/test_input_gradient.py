@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from nmgraph.layers.kinds import layer_axis
 from nmgraph.layers.masked import SplitMasked, Training, sparsify
 from nmgraph.layers.recipe import Recipe
-from nmgraph.methods.contract import Method, Operand, Update
+from nmgraph.methods.contract import Method, Update
 from nmgraph.nm.grouping import restore
 from nmgraph.nm.pattern import Pattern
 
@@ -33,15 +33,17 @@ class TwoMasks(Method[TwoMasksState]):
     splits_backward: ClassVar[bool] = True
 
     def init(self, w_OSC, pattern):
-        return TwoMasksState(
-            *(torch.rand(w_OSC.shape, generator=torch.Generator().manual_seed(i)) > 0.5 for i in (1, 2))
-        )
+        forward, part = (torch.rand(w_OSC.shape, generator=torch.Generator().manual_seed(i)) > 0.5 for i in (1, 2))
+        return TwoMasksState(forward, forward & part)
 
     def mask(self, w_OSC, state, pattern):
         return state.forward_mask
 
-    def operand(self, w_OSC, state, pattern):
-        return Operand(w_OSC * state.forward_mask, w_OSC * state.backward_mask)
+    def forward_weight(self, w_OSC, state, pattern):
+        return w_OSC * state.forward_mask
+
+    def backward_weight(self, forward_OSC, state, pattern):
+        return forward_OSC.detach() * state.backward_mask
 
     def update(self, w_OSC, grad_OSC, state, pattern, clock):
         return Update(state, grad_OSC)
@@ -53,8 +55,8 @@ class Forgetful(TwoMasks):
 
     name: ClassVar[str] = "forgetful"
 
-    def operand(self, w_OSC, state, pattern):
-        return Operand(w_OSC * state.forward_mask)
+    def backward_weight(self, forward_OSC, state, pattern):
+        return None
 
 
 def split(layer, method=None):

@@ -222,7 +222,7 @@ class Typo(SRSTE):
 
     name: ClassVar[str] = "typo"
 
-    def operand(self, w_OSC, state, pattern):
+    def forward_weight(self, w_OSC, state, pattern):
         return state.no_such_field
 
 

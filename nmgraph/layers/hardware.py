@@ -1,0 +1,306 @@
+"""Which of a layer's two products with its weight run on sparse tensor cores, and what they multiply by then.
+
+A layer may use them (:func:`obstacle`), and does while three things hold: a controller trains it and has seen that its
+weight is 2:4 by now (:func:`follow`); it is called in half precision (:func:`route`); and the product is faster so at its
+shape (``nmgraph.layers.probe``). Otherwise it is an ordinary layer that multiplies by the masked weight.
+
+The operands are made and compressed once per optimizer step. Where code is captured, by ``torch.compile`` or in a CUDA
+graph, that becomes a part of the graph, so that a replay never multiplies by an old weight.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from nmgraph.compilation import is_plain
+from nmgraph.layers.kinds import has_own_forward, is_layer, is_transposed_convolution
+from nmgraph.layers.probe import Product, Timing, timing_of
+from nmgraph.layers.sharding import is_sharded
+from nmgraph.layers.sparse_product import DENSE, Operands, compress, multiply
+from nmgraph.nm.grouping import canonical
+from nmgraph.nm.masks import check_blocks
+from nmgraph.nm.pattern import TENSOR_CORES
+
+if TYPE_CHECKING:
+    from nmgraph.layers.masked import MaskedWeight
+
+MODES = ("auto", "off", "force")
+_MULTIPLE = 16  # of both sides of a half-precision weight
+_HALVES = (torch.float16, torch.bfloat16)
+_USUAL_ROWS = 8192  # for which a compiled layer is timed that never ran otherwise
+
+
+class Route(NamedTuple):
+    """How one kind of call of a layer is computed.
+
+    Attributes:
+        dtype: of the operands.
+        forward: number of the algorithm of the forward product, or ``DENSE``.
+        input_gradient: likewise.
+    """
+
+    dtype: torch.dtype
+    forward: int
+    input_gradient: int
+
+    @property
+    def is_sparse(self) -> bool:
+        """Tell whether anything is sparse."""
+        return self.forward != DENSE or self.input_gradient != DENSE
+
+
+class Decision(NamedTuple):
+    """A route, and why.
+
+    Attributes:
+        route: what was decided.
+        product: the forward one.
+        forward: its timing.
+        input_gradient: the timing of ``dX = dY W``; None where its weight is not 2:4.
+    """
+
+    route: Route
+    product: Product
+    forward: Timing
+    input_gradient: Timing | None
+
+
+class Hardware:
+    """What a layer that may use sparse tensor cores knows of them.
+
+    Attributes:
+        mode: ``auto``, or ``force`` to use them also where they do not pay.
+        is_open: whether a controller stands by that the weight is 2:4.
+        decisions: of calls seen, by rows, rounded up to a power of two, and dtype.
+        latest: the last one; until there is a call, one for the usual number of rows. Compiled code takes it.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.is_open = False
+        self.decisions: dict[tuple[int, torch.dtype], Decision] = {}
+        self.latest: Decision | None = None
+        self._kept: tuple[tuple[Any, ...], Operands] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hardware, (self.mode,)
+
+    def close(self) -> None:
+        """Multiply by the masked weight from now on."""
+        self.is_open = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Make the operands anew next time."""
+        self._kept = None
+
+    def decide(self, weight: MaskedWeight, rows: int, dtype: torch.dtype) -> Route:
+        """Decide for a kind of call; at the first of its kind both products are timed."""
+        rows = _rounded(rows)
+        found = self.decisions.get((rows, dtype))
+        if found is None:
+            found = self.decisions[rows, dtype] = _decide(weight, rows, dtype, self.mode == "force")
+        self.latest = found
+        return found.route
+
+    def expect(self, weight: MaskedWeight) -> None:
+        """Decide for calls of the usual size, for code that is compiled before it has run."""
+        raw = weight.raw
+        if self.latest is None and _has_kernels(raw.device.type):
+            dtype = raw.dtype if raw.dtype in _HALVES else torch.bfloat16
+            self.latest = _decide(weight, _USUAL_ROWS, dtype, self.mode == "force")
+
+    def operands(self, weight: MaskedWeight, w_OC: Tensor, route: Route, both: bool) -> Operands:
+        """Give what the products multiply by: kept from an earlier call since the optimizer's last step, or made now."""
+        if torch.compiler.is_compiling() or _is_captured(w_OC):
+            return _make(weight, w_OC, route, both, packed=False)
+        raw = weight.raw
+        key = (_optimizer_steps(), raw._version, raw.data_ptr(), both, *route)
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            kept = self._kept = key, _make(weight, w_OC, route, both, packed=True)
+        return kept[1]
+
+
+def obstacle(weight: MaskedWeight) -> str:
+    """Say why a weight can never be multiplied by on sparse tensor cores; empty if it may."""
+    layer, pattern = weight.layer, weight.told.pattern
+    if weight.key != "weight" or not is_layer(layer):
+        return "no layer of its own multiplies by it"
+    if has_own_forward(layer.nm_base):
+        return f"{layer.nm_base.__name__} has a forward of its own"
+    shape = weight.raw.shape
+    if is_transposed_convolution(layer) or any(size != 1 for size in shape[2:]):
+        return "only Linear layers and 1x1 convolutions are products of two matrices"
+    if _is_convolution(layer) and (layer.groups != 1 or layer.padding not in ("valid", "same", (0,) * len(shape[2:]))):
+        return "its convolution has groups or padding"
+    if not pattern.implies(TENSOR_CORES):
+        return f"{pattern} may keep more than 2 of 4"
+    if any(size % _MULTIPLE for size in shape[:2]):
+        return f"{shape[0]}x{shape[1]} are not both multiples of {_MULTIPLE}"
+    return ""
+
+
+def missing() -> str:
+    """Say why this machine has no sparse tensor cores that torch could use; empty if it has."""
+    if _has_kernels("cpu"):
+        return ""
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} has no sparse tensor cores"
+    if not (_has_kernels("cuda") and torch.backends.cusparselt.is_available()):
+        return f"torch {torch.__version__} was built without cuSPARSELt"
+    return ""
+
+
+def follow(weight: MaskedWeight, claimed: bool) -> None:
+    """Open or close the sparse products of a layer before its next step; a controller calls this after each.
+
+    Compressing makes any mask 2:4, silently. So when a method says that its weight is, that is looked at first; a
+    device is waited for then.
+
+    Args:
+        weight: any masked weight.
+        claimed: whether its method says that all blocks keep N at most from now on.
+    """
+    hardware = weight.hardware
+    if hardware is None or hardware.is_open == claimed:
+        return
+    hardware.close()
+    if not claimed or is_sharded(weight.raw) or not _is_24(weight):
+        return
+    hardware.is_open = True
+    hardware.expect(weight)
+
+
+def product(weight: MaskedWeight, x: Tensor, *rest: Any) -> Tensor | None:
+    """Compute what a layer's forward would, on sparse tensor cores; None where it has to compute it itself."""
+    hardware, layer = weight.hardware, weight.layer
+    if hardware is None or not hardware.is_open or not layer.training or rest:
+        return None
+    device, compiling = x.device.type, torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() or not (compiling or is_plain(x)):
+        return None
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    rows = _as_rows(layer, x)
+    if rows is None or dtype not in _HALVES:
+        return None
+    if compiling or _is_captured(x):  # nothing can be timed now
+        route = None if hardware.latest is None else hardware.latest.route
+    else:
+        route = hardware.decide(weight, math.prod(rows.shape[:-1]), dtype)
+    if route is None or not route.is_sparse or route.dtype != dtype:
+        return None
+    if route.forward == DENSE and not x.requires_grad:
+        return None
+    weight_OC = _matrix(weight, weight.forward_weight())
+    operands = hardware.operands(weight, weight_OC, route, x.requires_grad)
+    x_RC = rows.reshape(-1, rows.shape[-1]).to(dtype).contiguous()
+    y_RO = multiply(x_RC, weight_OC, layer.bias, operands)  # type: ignore[arg-type]
+    y = y_RO.reshape(*rows.shape[:-1], y_RO.shape[-1])
+    return y.movedim(-1, 1) if _is_convolution(layer) else y
+
+
+def _as_rows(layer: Any, x: Tensor) -> Tensor | None:
+    """Give a layer's input with what it sums over last; None where that is not so in memory, or the rows are none."""
+    if not _is_convolution(layer):
+        return x if x.dim() > 1 and x.numel() else None
+    if x.dim() != len(layer.stride) + 2 or not x.numel():
+        return None
+    last = x.movedim(1, -1)
+    if not last.is_contiguous():  # not channels_last
+        return None
+    for axis, stride in enumerate(layer.stride, start=1):
+        last = last[(slice(None),) * axis + (slice(None, None, stride),)]
+    return last
+
+
+def _decide(weight: MaskedWeight, rows: int, dtype: torch.dtype, forced: bool) -> Decision:
+    raw_OSC, method = weight.raw_OSC, weight.told.method
+    outputs, _, inputs = raw_OSC.shape
+    bias = getattr(weight.layer, "bias", None) is not None
+    forward = Product(outputs, inputs, rows, _name(dtype), bias=bias)
+    timings: list[Timing | None] = [timing_of(forward, raw_OSC.device), None]
+    if method.sparse_input_gradient:
+        gathers = method.row_order(weight.state) is not None
+        other = Product(inputs, outputs, rows, _name(dtype), input_gradient=True, gathers=gathers)
+        timings[1] = timing_of(other, raw_OSC.device)
+    taken = [t.algorithm if t is not None and (t.usable if forced else t.wins) else DENSE for t in timings]
+    return Decision(Route(dtype, *taken), forward, *timings)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _make(weight: MaskedWeight, w_OC: Tensor, route: Route, both: bool, *, packed: bool) -> Operands:
+    """Make the operands of a layer from its forward weight."""
+    method, state = weight.told.method, weight.state
+    w_OC, backward, order = w_OC.detach(), None, method.row_order(state)
+    forward = w_OC.to(route.dtype).contiguous()
+    if both:
+        other_OSC = method.backward_weight(w_OC.unsqueeze(1), state, weight.told.pattern)
+        backward = w_OC if other_OSC is None else other_OSC.squeeze(1)
+        if route.input_gradient != DENSE:
+            backward = (backward if order is None else backward.index_select(0, order)).t()
+        backward = backward.to(route.dtype).contiguous()
+    if packed:
+        forward = forward if route.forward == DENSE else compress(forward)
+        backward = backward if backward is None or route.input_gradient == DENSE else compress(backward)
+    return Operands(forward, route.forward, backward, route.input_gradient, order)
+
+
+@torch.no_grad()
+def _is_24(weight: MaskedWeight) -> bool:
+    both, route = weight.told.method.sparse_input_gradient, Route(weight.raw.dtype, 0, 0)
+    made = _make(weight, _matrix(weight, weight.forward_weight()), route, both, packed=False)
+    along = [t for t in (made.forward, made.backward) if t is not None]
+    return all(check_blocks(t.unsqueeze(1), TENSOR_CORES).holds for t in along)
+
+
+def _matrix(weight: MaskedWeight, t: Tensor) -> Tensor:
+    """Read a tensor of the raw weight's shape as ``[O, C]``, a view."""
+    return canonical(t, weight.told.reduction_axis).squeeze(1)
+
+
+def _is_convolution(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.conv._ConvNd)
+
+
+def _is_captured(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _has_kernels(device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_cslt_compress", device.upper())
+
+
+def _rounded(rows: int) -> int:
+    return 1 << max(4, (rows - 1).bit_length())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_steps = 0
+
+
+def _optimizer_steps() -> int:
+    """Count the steps of all optimizers of this process, from the first time that it is asked for."""
+    _count_steps()
+    return _steps
+
+
+@cache
+def _count_steps() -> None:
+    def count(*_: Any) -> None:
+        # Not the tensors' versions alone: fused optimizers do not count them up.
+        global _steps
+        _steps += 1
+
+    register_optimizer_step_post_hook(count)
