@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,11 +45,18 @@ def write(path: Path, results: dict[str, Any], *, seed: int) -> None:
 def command() -> str:
     """Give the command as typed in the repository's root; of paths only what lies in the repository."""
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    return " ".join(["python", str(name), *words])
 
 
 def commit() -> str:
-    """Give the commit; it ends in -dirty if the code is not that of the commit. Results written before do not count."""
+    """Give the commit; it ends in -dirty if the code is not that of the commit. Results written before do not count.
+
+    A copy of the files, or a machine without git, knows none.
+    """
+    if shutil.which("git") is None:
+        return "unknown"
     code = ["nmgraph", "benchmarks/*.py", "examples", "tests"]
     answers = [
         subprocess.run(["git", *asked], cwd=ROOT, capture_output=True, text=True).stdout.strip()
