@@ -25,9 +25,11 @@ def run(*args, before=()):
 def run_with(sections, *args):
     """Run it with sections of our own: pieces by name, as source."""
     source = "\n".join([
-        "import os, signal, sys, time, run",
+        f"import os, signal, sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'benchmarks')!r}]",
+        "import bench, run",
         f"sys.argv[1:] = {list(map(str, args))!r}",
         "def broken(): raise ValueError('this is broken')",
+        "def lose_gpu(): bench.Bench.synchronize = lambda self: broken()",
         f"made = {{{', '.join(f'{name!r}: lambda bench: {pieces}' for name, pieces in sections.items())}}}",
         "first = run.loaded",
         "run.SECTIONS = dict.fromkeys(made, 1.0)",
@@ -101,18 +103,20 @@ def test_a_piece_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     path = tmp_path / "dry.json"
     sections = {
         "probes": "iter([('fails', broken), ('goes on', lambda: 1)])",
-        "gemms": "iter([('is killed', lambda: os.kill(os.getpid(), signal.SIGKILL)), ('goes on', lambda: 2)])",
+        "agreement": "iter([('loses the GPU', lose_gpu), ('goes on', lambda: 2)])",
+        "gemms": "iter([('is killed', lambda: os.kill(os.getpid(), signal.SIGKILL)), ('goes on', lambda: 3)])",
         "steps": "(broken() for _ in range(1))",
-        "share": "iter([('hangs', lambda: time.sleep(60)), ('no time', lambda: 3)])",
-        "masks": "iter([('too late', lambda: 4)])",
+        "share": "iter([('hangs', lambda: time.sleep(60)), ('no time', lambda: 4)])",
+        "masks": "iter([('too late', lambda: 5)])",
     }
     found = read(path, run_with(sections, "--dry-run", "--budget", "10", "--json", path))["sections"]
     assert {name: section["results"] for name, section in found.items()} == {
-        "probes": {"goes on": 1}, "gemms": {"goes on": 2}, "steps": {}, "share": {}, "masks": {},
+        "probes": {"goes on": 1}, "agreement": {"goes on": 2}, "gemms": {"goes on": 3}, "steps": {}, "share": {}, "masks": {},
     }  # fmt: skip
     errors = {name: {piece: e["error"] for piece, e in section["errors"].items()} for name, section in found.items()}
     assert errors == {
         "probes": {"fails": "ValueError: this is broken"},
+        "agreement": {"loses the GPU": "ValueError: this is broken"},
         "gemms": {"is killed": "its process died: exit code -9"},
         "steps": {"section": "ValueError: this is broken"},
         "share": {"hangs": "its time was over, and it was ended"},

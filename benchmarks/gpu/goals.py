@@ -38,7 +38,8 @@ def lines(sections: dict[str, Any]) -> list[str]:
 def _auto(stepped: dict[str, Any]) -> Iterator[tuple[float, str]]:
     for piece, result in stepped.items():
         for variant in steps.SPARSE:
-            yield result[variant]["step_speedup"], f" (slowest: {piece}, {variant})"
+            if variant in result:
+                yield result[variant]["step_speedup"], f" (slowest: {piece}, {variant})"
 
 
 def _line(goal: str, seen: float | None, wanted: float, *, most: bool = False) -> str:

@@ -95,7 +95,7 @@ def require_packages() -> None:
         end(
             f"nmgraph needs {', '.join(missing)}, not found by {sys.executable}. Elsewhere, with network, run\n"
             f"    python -m pip download -d wheels --only-binary=:all: --python-version {version} "
-            f"--platform manylinux_2_28_x86_64 {' '.join(missing)}\n"
+            f"--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 {' '.join(missing)}\n"
             "bring the folder here, and add --wheels wheels."
         )
 
