@@ -22,6 +22,7 @@ import nmgraph
 sys.path.insert(0, str(record.ROOT / "examples"))
 METHODS = (None, "srste", "lbc", "bimask", "bame", "tmask")
 KEPT_DENSE = ("stem", "classifier")
+JPEG = "CIFAR-10 as JPEG, which loses a little: accuracies differ slightly from those of the original images"
 LONGEST = 100  # epochs
 TIMED = 20  # steps, from which the number of epochs follows
 
@@ -33,6 +34,7 @@ def pieces(bench: Bench) -> Iterator[Piece]:
     compile_masks(bench)
     data = cache(partial(images, bench))
     plan = cache(lambda: epochs_that_fit(bench, data()))
+    yield "data", lambda: "random" if bench.cifar is None else JPEG if bench.cifar.suffix == ".npz" else "CIFAR-10"
     yield "epochs", plan
     for name in methods(bench):
         yield name or "dense", lambda name=name: train(bench, data(), name, epochs=plan())
