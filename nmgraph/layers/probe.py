@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 
@@ -72,7 +73,10 @@ class Timing:
         prepare: compressing the weight, which happens once per optimizer step.
         algorithm: cuSPARSELt's number of the fastest.
         error: largest difference of the results, as a share of the largest result.
-        failure: why there is no sparse product.
+        failure: why the sparse product cannot be used.
+
+    Raises:
+        ValueError: for what no measurement gives.
     """
 
     dense: float
@@ -83,6 +87,11 @@ class Timing:
     error: float = 0.0
     failure: str = ""
 
+    def __post_init__(self) -> None:
+        times = self.dense, self.sparse, self.gather, self.prepare, self.error
+        if not all(isinstance(t, float) and 0.0 <= t < math.inf for t in times) or type(self.algorithm) is not int:
+            raise ValueError(f"{self} is no timing")
+
     @property
     def whole(self) -> float:
         """All of what the sparse product takes in a step of one batch."""
@@ -90,8 +99,13 @@ class Timing:
 
     @property
     def usable(self) -> bool:
-        """Tell whether the sparse product gives the same as the dense one."""
-        return not self.failure and self.error <= _TOLERANCE
+        """Tell whether the sparse product works, and gives the same as the dense one."""
+        return not self.failure
+
+    @property
+    def pays_ungathered(self) -> bool:
+        """Tell whether it would be faster if nothing had to be put into order."""
+        return self.usable and self.dense > WIN * (self.whole - self.gather)
 
     @property
     def wins(self) -> bool:
@@ -111,8 +125,10 @@ def timing_of(product: Product, device: torch.device) -> Timing:
 def _timing_of(product: Product, device: str) -> Timing:
     path = _directory() / _machine(device) / f"{product}.json"
     try:
-        return Timing(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        kept = json.loads(path.read_text())
+        if kept.keys() == {field.name for field in fields(Timing)}:
+            return Timing(**kept)
+    except (OSError, ValueError, AttributeError):
         pass  # not there yet, or not ours: it is measured, and written anew
     found = measure(product, torch.device(device))
     try:
@@ -160,6 +176,9 @@ def measure(product: Product, device: torch.device) -> Timing:
         sparse = partial(multiply_24, packed, x_RC, bias, product.outputs)
         expected = dense()
         error = float((sparse(0) - expected).abs().max() / expected.abs().max())
+        if not error <= _TOLERANCE:
+            wrong = f"its answer differs from the dense one by {error:.1%} of the largest"
+            return Timing(median_ms(dense, device), failure=wrong)
         found = torch._cslt_sparse_mm_search(packed, x_RC.t(), bias, transpose_result=True)
     except torch.OutOfMemoryError:
         raise
