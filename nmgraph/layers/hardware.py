@@ -86,7 +86,7 @@ class Hardware:
         self.is_open = False
         self.decisions: dict[tuple[int, torch.dtype], Decision] = {}
         self.latest: Decision | None = None
-        self._kept: tuple[tuple[Any, ...], Operands] | None = None
+        self._kept: tuple[nn.Parameter, tuple[Any, ...], Operands] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hardware, (self.mode,)
@@ -121,11 +121,13 @@ class Hardware:
         if torch.compiler.is_compiling() or _is_captured(w_OC):
             return _make(weight, w_OC, route, both, packed=False)
         raw = weight.raw
+        if not isinstance(raw, nn.Parameter):  # called with other weights, through torch.func
+            return _make(weight, w_OC, route, both, packed=True)
         key = (_optimizer_steps(), raw._version, raw.data_ptr(), both, *route)
         kept = self._kept
-        if kept is None or kept[0] != key:
-            kept = self._kept = key, _make(weight, w_OC, route, both, packed=True)
-        return kept[1]
+        if kept is None or kept[0] is not raw or kept[1] != key:
+            kept = self._kept = raw, key, _make(weight, w_OC, route, both, packed=True)
+        return kept[2]
 
 
 def obstacle(weight: MaskedWeight) -> str:
