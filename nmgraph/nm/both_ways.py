@@ -35,7 +35,8 @@ def both_ways(
         order_O: int64, row ``i`` of the permuted weight is row ``order_O[i]`` of the weight; None for its own order.
         pattern: what :func:`~nmgraph.nm.permutation.column_sparse` leaves of the columns of the permuted weight; None
             where they hold it already, as a transposable mask's do.
-        fused: whether one kernel writes both, which needs Triton; by default on a GPU that has it.
+        fused: whether one kernel writes both, which needs Triton, a weight of float32 or half precision, and M of 2, 4, 8
+            or 16; by default where all that is so, on a GPU.
 
     Returns:
         ``[O, C]`` in the weight's own row order, and ``[C, O]`` in the permuted one; new, contiguous, without a gradient.
@@ -48,7 +49,7 @@ def both_ways(
     """
     w_OC = w_OC.detach()
     forward_OC, backward_CO = (w_OC.new_empty(shape, dtype=dtype) for shape in (w_OC.shape, w_OC.shape[::-1]))
-    if w_OC.is_cuda and _may_fuse(w_OC, pattern) if fused is None else fused:
+    if _may_fuse(w_OC, pattern) if fused is None else fused:
         from nmgraph.nm.both_ways_triton import write_both_ways
 
         n, m = (pattern.n, pattern.m) if pattern else (1, 1)
@@ -62,7 +63,7 @@ def both_ways(
 def _may_fuse(w_OC: Tensor, pattern: Pattern | None) -> bool:
     m = pattern.m if pattern else 1
     known = w_OC.dtype in _READ and m <= _LONGEST and m.bit_count() == 1
-    return known and is_plain(w_OC) and importlib.util.find_spec("triton") is not None
+    return w_OC.is_cuda and known and is_plain(w_OC) and importlib.util.find_spec("triton") is not None
 
 
 def _in_order(w_OC: Tensor, order_O: Tensor | None, pattern: Pattern | None) -> Tensor:
