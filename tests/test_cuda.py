@@ -8,6 +8,8 @@ from handles import nm
 from torch import nn
 
 import nmgraph
+from nmgraph.nm.both_ways import both_ways
+from nmgraph.nm.pattern import Pattern
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -99,3 +101,17 @@ def test_export_of_a_model_on_the_gpu(tmp_path):
     model = nmgraph.convert(network().cuda(), method="srste")
     assert nmgraph.export(model, tmp_path / "out", example_inputs=torch.randn(1, 8, 8, 8)).holds
     assert next(model.parameters()).is_cuda
+
+
+@pytest.mark.parametrize("pattern", [None, "1:2", "2:4", "4:8", "4:16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_writes_the_operands_of_both_products_that_torch_does(pattern, stored, dtype):
+    pytest.importorskip("triton")
+    w = torch.randn(1000, 776, device="cuda", dtype=stored)
+    order = torch.randperm(1000, device="cuda")
+    for weight in (w, w.t().contiguous().t()):
+        found, expected = (
+            both_ways(weight, dtype, order, pattern and Pattern.parse(pattern), fused=fused) for fused in (True, False)
+        )
+        assert all(map(torch.equal, found, expected))
