@@ -20,9 +20,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nmgraph.compilation import is_plain
 from nmgraph.layers.kinds import has_own_forward, is_layer, is_transposed_convolution
-from nmgraph.layers.probe import Product, Timing, timing_of
+from nmgraph.layers.probe import Product, Timing, fusing_pays, timing_of
 from nmgraph.layers.sharding import is_sharded
 from nmgraph.layers.sparse_product import DENSE, Operands, compress, multiply
+from nmgraph.methods.contract import Method
+from nmgraph.nm.both_ways import both_ways
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import TENSOR_CORES
@@ -43,11 +45,13 @@ class Route(NamedTuple):
         dtype: of the operands.
         forward: number of the algorithm of the forward product, or ``DENSE``.
         input_gradient: likewise.
+        fused: whether one kernel makes the operands of both.
     """
 
     dtype: torch.dtype
     forward: int
     input_gradient: int
+    fused: bool = False
 
     @property
     def is_sparse(self) -> bool:
@@ -188,11 +192,11 @@ def product(weight: MaskedWeight, x: Tensor, *rest: Any) -> Tensor | None:
     if hardware is None or not hardware.is_open or not layer.training or rest:
         return None
     device, compiling = x.device.type, torch.compiler.is_compiling()
-    if torch.compiler.is_exporting() or not (compiling or is_plain(x)):
-        return None
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if dtype not in _HALVES or torch.compiler.is_exporting() or not (compiling or is_plain(x)):
+        return None
     rows = _as_rows(layer, x)
-    if rows is None or dtype not in _HALVES:
+    if rows is None:
         return None
     if compiling or _is_captured(x):  # nothing can be timed now
         route = None if hardware.latest is None else hardware.latest.route
@@ -235,21 +239,36 @@ def _decide(weight: MaskedWeight, rows: int, dtype: torch.dtype, forced: bool) -
         other = Product(inputs, outputs, rows, _name(dtype), input_gradient=True, gathers=gathers)
         timings[1] = timing_of(other, raw_OSC.device)
     taken = [t.algorithm if t is not None and (t.usable if forced else t.wins) else DENSE for t in timings]
-    return Decision(Route(dtype, *taken), forward, *timings)  # type: ignore[arg-type]
+    fused = False
+    if taken[1] != DENSE and _can_write_both(method):
+        pattern = weight.told.pattern if method.splits_backward else None
+        fused = fusing_pays(
+            _matrix(weight, weight.forward_weight()).detach(), dtype, method.row_order(weight.state), pattern
+        )
+    return Decision(Route(dtype, taken[0], taken[1], fused), forward, *timings)  # type: ignore[arg-type]
+
+
+def _can_write_both(method: Method[Any]) -> bool:
+    return not method.splits_backward or method.backward_by_magnitude
 
 
 @torch.no_grad()
 def _make(weight: MaskedWeight, w_OC: Tensor, route: Route, both: bool, *, packed: bool) -> Operands:
     """Make the operands of a layer from its forward weight."""
     method, state = weight.told.method, weight.state
-    w_OC, backward, order = w_OC.detach(), None, method.row_order(state)
-    forward = w_OC.to(route.dtype).contiguous()
-    if both:
-        other_OSC = method.backward_weight(w_OC.unsqueeze(1), state, weight.told.pattern)
-        backward = w_OC if other_OSC is None else other_OSC.squeeze(1)
-        if route.input_gradient != DENSE:
-            backward = (backward if order is None else backward.index_select(0, order)).t()
-        backward = backward.to(route.dtype).contiguous()
+    w_OC, order, pattern = w_OC.detach(), method.row_order(state), weight.told.pattern
+    backward: Tensor | None = None
+    if both and route.input_gradient != DENSE and _can_write_both(method):
+        columns = pattern if method.splits_backward else None
+        forward, backward = both_ways(w_OC, route.dtype, order, columns, fused=route.fused and packed)
+    else:
+        forward = w_OC.to(route.dtype).contiguous()
+        if both:
+            other_OSC = method.backward_weight(w_OC.unsqueeze(1), state, pattern)
+            backward = w_OC if other_OSC is None else other_OSC.squeeze(1)
+            if route.input_gradient != DENSE:
+                backward = (backward if order is None else backward.index_select(0, order)).t()
+            backward = backward.to(route.dtype).contiguous()
     if packed:
         forward = forward if route.forward == DENSE else compress(forward)
         backward = backward if backward is None or route.input_gradient == DENSE else compress(backward)

@@ -12,11 +12,13 @@ import math
 import os
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +27,9 @@ from torch.nn import functional as F
 from nmgraph.errors import FileError
 from nmgraph.files import written_atomically
 from nmgraph.layers.sparse_product import compress, multiply_24
+from nmgraph.nm.both_ways import both_ways, can_fuse
 from nmgraph.nm.masks import magnitude_mask
-from nmgraph.nm.pattern import TENSOR_CORES
+from nmgraph.nm.pattern import TENSOR_CORES, Pattern
 
 WIN = 1.02  # times faster than dense before it is taken: less is noise
 _TOLERANCE = 0.02  # of the largest result: both sum in float32 and round once
@@ -70,7 +73,8 @@ class Timing:
         dense: the product by the masked weight.
         sparse: the product on sparse tensor cores, without what follows.
         gather: putting the columns of x into order.
-        prepare: compressing the weight, which happens once per optimizer step.
+        prepare: casting, for the input gradient ordering and transposing, and compressing the masked weight, once per
+            optimizer step.
         algorithm: cuSPARSELt's number of the fastest.
         error: largest difference of the results, as a share of the largest result.
         failure: why the sparse product cannot be used.
@@ -147,7 +151,10 @@ def _say_once(message: str) -> None:
 
 def _directory() -> Path:
     chosen = os.environ.get("NMGRAPH_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "nmgraph"
+    try:
+        return Path(chosen) if chosen else Path.home() / ".cache" / "nmgraph"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "nmgraph"
 
 
 @cache
@@ -171,6 +178,14 @@ def measure(product: Product, device: torch.device) -> Timing:
     dense: Callable[[], Tensor] = partial(F.linear, x_RC, w_OC, bias)
     if product.input_gradient:
         dense = partial(torch.matmul, x_RC, w_OC.t().contiguous())
+    source = w_OC.index_select(1, order.argsort()) if product.gathers else w_OC
+    source = (source.t() if product.input_gradient else source).float().contiguous()
+
+    def prepare() -> Tensor:
+        """Make of the float32 weight, as its layer has it, what the product takes."""
+        w = source.index_select(0, order) if product.gathers else source
+        return compress((w.t() if product.input_gradient else w).to(dtype).contiguous())
+
     try:
         packed = compress(w_OC)
         sparse = partial(multiply_24, packed, x_RC, bias, product.outputs)
@@ -191,10 +206,25 @@ def measure(product: Product, device: torch.device) -> Timing:
         dense=median_ms(dense, device),
         sparse=median_ms(partial(sparse, algorithm), device),
         gather=median_ms(partial(x_RC.index_select, 1, order), device) if product.gathers else 0.0,
-        prepare=median_ms(partial(compress, w_OC), device),
+        prepare=median_ms(prepare, device),
         algorithm=algorithm,
         error=error,
     )
+
+
+_fusing: dict[tuple[Any, ...], bool] = {}
+
+
+def fusing_pays(w_OC: Tensor, dtype: torch.dtype, order_O: Tensor | None, pattern: Pattern | None) -> bool:
+    """Tell whether one kernel makes both operands of a weight faster than several; timed once per kind."""
+    kind = tuple(w_OC.shape), w_OC.stride(), w_OC.dtype, dtype, order_O is None, pattern, w_OC.device
+    if kind not in _fusing:
+        times = [
+            median_ms(partial(both_ways, w_OC, dtype, order_O, pattern, fused=fused), w_OC.device)
+            for fused in ([True, False] if can_fuse(w_OC, pattern) else [False])
+        ]
+        _fusing[kind] = times[0] < times[-1]
+    return _fusing[kind]
 
 
 def median_ms(work: Callable[[], object], device: torch.device) -> float:

@@ -111,6 +111,10 @@ class BiMask(Method[BiMaskState]):
         return self.backward_mask
 
     @property
+    def backward_by_magnitude(self) -> bool:
+        return self.backward_mask and self.criterion == "weight"
+
+    @property
     def operand_looks_across(self) -> bool:
         """The backward mask's blocks run over rows."""
         return self.backward_mask

@@ -7,6 +7,7 @@ order, another mask and the transposed layout are each a pass over memory; on a 
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def both_ways(
     """
     w_OC = w_OC.detach()
     forward_OC, backward_CO = (w_OC.new_empty(shape, dtype=dtype) for shape in (w_OC.shape, w_OC.shape[::-1]))
-    if _may_fuse(w_OC, pattern) if fused is None else fused:
+    if can_fuse(w_OC, pattern) if fused is None else fused:
         from nmgraph.nm.both_ways_triton import write_both_ways
 
         n, m = (pattern.n, pattern.m) if pattern else (1, 1)
@@ -60,10 +61,16 @@ def both_ways(
     return forward_OC, backward_CO
 
 
-def _may_fuse(w_OC: Tensor, pattern: Pattern | None) -> bool:
+def can_fuse(w_OC: Tensor, pattern: Pattern | None) -> bool:
+    """Tell whether one kernel can write both."""
     m = pattern.m if pattern else 1
     known = w_OC.dtype in _READ and m <= _LONGEST and m.bit_count() == 1
-    return w_OC.is_cuda and known and is_plain(w_OC) and importlib.util.find_spec("triton") is not None
+    return w_OC.is_cuda and known and is_plain(w_OC) and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _in_order(w_OC: Tensor, order_O: Tensor | None, pattern: Pattern | None) -> Tensor:

@@ -15,6 +15,8 @@ from nmgraph.layers.masked import MaskedWeight, accelerate, masked_weights
 from nmgraph.layers.probe import Timing
 from nmgraph.layers.sparse_product import DENSE
 
+_FEW = 1 << 16  # of so many weights a dense product takes less time than a sparse one takes to start
+
 
 @dataclass(frozen=True)
 class ProductSpeed:
@@ -130,8 +132,14 @@ def allow_hardware(model: nn.Module, mode: str) -> None:
             f'hardware="force" needs sparse tensor cores, but {lacking}. Use "auto", which trains the same without.'
         )
     for weight in masked_weights(model).values():
-        able = mode != "off" and not lacking and not obstacle(weight)
+        able = mode != "off" and not (lacking or obstacle(weight) or (mode == "auto" and _small(weight)))
         accelerate(weight, Hardware(mode) if able else None)
+
+
+def _small(weight: MaskedWeight) -> str:
+    """Say why a weight need not be timed; empty if it has to be."""
+    count = weight.raw.numel()
+    return f"its {count:,} weights are too few to pay for the call" if count < _FEW else ""
 
 
 def report_hardware(model: nn.Module) -> HardwareReport:
@@ -145,7 +153,7 @@ def _entries(name: str, weight: MaskedWeight) -> list[LayerHardware]:
     shape = outputs, inputs
     hardware = weight.hardware
     if hardware is None:
-        reason = obstacle(weight) or missing() or 'it was told so, by hardware="off"'
+        reason = obstacle(weight) or missing() or _small(weight) or 'it was told so, by hardware="off"'
         return [LayerHardware(name, tuple(weight.raw.shape), reason=reason)]
     if not hardware.is_open:
         attached = weight.site in weight.training.attached

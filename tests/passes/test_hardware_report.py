@@ -13,11 +13,13 @@ from nmgraph.errors import ConversionError
 from nmgraph.layers import probe
 from nmgraph.layers.masked import AcceleratedMasked
 from nmgraph.layers.probe import Timing
+from nmgraph.passes import hardware
 
 
 @pytest.fixture
 def kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("NMGRAPH_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "_FEW", 0)
     probe._timing_of.cache_clear()
     with stand_in.kernels() as calls:
         yield calls
@@ -79,6 +81,16 @@ def test_a_mode_that_does_not_exist_is_named_and_the_model_left_as_it_was():
 def test_every_layer_that_does_not_take_part_has_its_reason(layer, options, reason, kernels):
     model = nmgraph.convert(nn.Sequential(layer), method="srste", **options)
     assert reason in reasons(model).values()
+
+
+def test_layers_too_small_to_pay_are_left_alone_unless_forced(kernels, monkeypatch):
+    monkeypatch.undo()
+    for mode, reason in (
+        ("auto", "its 1,024 weights are too few to pay for the call"),
+        ("force", "no optimizer is attached"),
+    ):
+        model = nmgraph.convert(nn.Sequential(nn.Linear(32, 32)), method="srste", hardware=mode)
+        assert reasons(model) == {"0": reason}
 
 
 class Doubled(nn.Linear):
