@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MODES = ("auto", "off", "force")
 _MULTIPLE = 16  # of both sides of a half-precision weight
 _HALVES = (torch.float16, torch.bfloat16)
+_MOST_ROWS = 1 << 16  # beyond, both products take longer in the same measure
 _USUAL_ROWS = 8192  # for which a compiled layer is timed that never ran otherwise
 
 
@@ -81,7 +82,7 @@ class Hardware:
     Attributes:
         mode: ``auto``, or ``force`` to use them also where they do not pay.
         is_open: whether a controller stands by that the weight is 2:4.
-        decisions: of calls seen, by rows, rounded up to a power of two, and dtype.
+        decisions: of calls seen, by rows, rounded up to a power of two, 65,536 at most, and dtype.
         latest: the last one; until there is a call, one for the usual number of rows. Compiled code takes it.
     """
 
@@ -301,7 +302,7 @@ def _has_kernels(device: str) -> bool:
 
 
 def _rounded(rows: int) -> int:
-    return 1 << max(4, (rows - 1).bit_length())
+    return min(1 << max(4, (rows - 1).bit_length()), _MOST_ROWS)
 
 
 def _name(dtype: torch.dtype) -> str:

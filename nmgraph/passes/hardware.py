@@ -15,6 +15,7 @@ from nmgraph.layers.masked import MaskedWeight, accelerate, masked_weights
 from nmgraph.layers.probe import Timing
 from nmgraph.layers.sparse_product import DENSE
 
+_TOLD = 'it was converted with hardware="off", or where no sparse tensor cores were'
 _FEW = 1 << 16  # of so many weights a dense product takes less time than a sparse one takes to start
 
 
@@ -153,7 +154,7 @@ def _entries(name: str, weight: MaskedWeight) -> list[LayerHardware]:
     shape = outputs, inputs
     hardware = weight.hardware
     if hardware is None:
-        reason = obstacle(weight) or missing() or _small(weight) or 'it was told so, by hardware="off"'
+        reason = obstacle(weight) or missing() or _small(weight) or _TOLD
         return [LayerHardware(name, tuple(weight.raw.shape), reason=reason)]
     if not hardware.is_open:
         attached = weight.site in weight.training.attached

@@ -353,6 +353,33 @@ def test_two_processes_stay_equal_and_compress_once_a_step(tmp_path):
     assert one["packed"] == other["packed"] == 2 * 3
 
 
+@pytest.mark.parametrize("rows", [21, 24])
+def test_activations_may_be_changed_in_place(rows):
+    found = []
+    for mode in ("force", "off"):
+        torch.manual_seed(0)
+        made = nn.Sequential(
+            nn.Linear(64, 128), nn.ReLU(inplace=True), nn.Linear(128, 32), nn.Dropout(0.0, inplace=True)
+        )
+        model, _, _ = trained(made, "bimask", mode, steps=0)
+        found.append(train(model, torch.optim.SGD(model.parameters(), 0.1), inputs=(rows, 64)))
+    assert_same(*found, rtol=0.02, atol=0.02)
+
+
+def test_two_forwards_before_a_backward_under_ddp(tmp_path):
+    on_ranks(2, _two_forwards)
+
+
+def _two_forwards(rank, world):
+    with stand_in.kernels():
+        model = nmgraph.convert(network(), method="bimask", interval=1, hardware="force")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        nmgraph.attach(model, torch.optim.SGD(model.parameters(), 0.05), total_steps=10)
+        with torch.autocast("cpu", dtype=BF16):
+            one, other = (wrapped(torch.randn(8, 64)) for _ in range(2))
+        (one.float().sum() + other.float().sum()).backward()
+
+
 def told(**times):
     """Let all products take these times, dense and sparse."""
     return lambda product, device: probe.Timing(**times)
@@ -396,7 +423,7 @@ def test_each_number_of_rows_is_decided_by_its_power_of_two(monkeypatch):
     monkeypatch.setattr(probe, "measure", lambda p, device: asked.append(p.rows) or probe.Timing(1.0, 0.5))
     model, _, _ = trained(network(), "srste", hardware="auto", steps=0)
     asked.clear()
-    for rows in (30, 31, 32, 33, 100, 3):
+    for rows in (30, 31, 32, 33, 100, 3, 70_000, 140_000):
         with torch.autocast("cpu", dtype=BF16):
             model[0](torch.randn(rows, 64))
-    assert asked == [32, 64, 128, 16]
+    assert asked == [32, 64, 128, 16, 65_536]
