@@ -121,11 +121,11 @@ class Hardware:
             dtype = raw.dtype if raw.dtype in _HALVES else torch.bfloat16
             self.latest = _decide(weight, _USUAL_ROWS, dtype, self.mode == "force")
 
-    def operands(self, weight: MaskedWeight, w_OC: Tensor, route: Route, both: bool) -> Operands:
+    def operands(self, weight: MaskedWeight, w_OC: Tensor | None, route: Route, both: bool) -> Operands:
         """Give what the products multiply by: kept from an earlier call since the optimizer's last step, or made now."""
-        if torch.compiler.is_compiling() or _is_captured(w_OC):
-            return _make(weight, w_OC, route, both, packed=False)
         raw = weight.raw
+        if torch.compiler.is_compiling() or _is_captured(raw):
+            return _make(weight, w_OC, route, both, packed=False)
         if not isinstance(raw, nn.Parameter):  # called with other weights, through torch.func
             return _make(weight, w_OC, route, both, packed=True)
         key = (_optimizer_steps(), raw._version, raw.data_ptr(), both, *route)
@@ -207,10 +207,11 @@ def product(weight: MaskedWeight, x: Tensor, *rest: Any) -> Tensor | None:
         return None
     if route.forward == DENSE and not x.requires_grad:
         return None
-    weight_OC = _matrix(weight, weight.forward_weight())
-    operands = hardware.operands(weight, weight_OC, route, x.requires_grad)
+    # The masked weight is looked at once a step; in between it only says where the gradient goes.
+    w_OC = None if weight.told.method.straight_through else _forward_matrix(weight)
+    operands = hardware.operands(weight, w_OC, route, x.requires_grad)
     x_RC = rows.reshape(-1, rows.shape[-1]).to(dtype).contiguous()
-    y_RO = multiply(x_RC, weight_OC, layer.bias, operands)  # type: ignore[arg-type]
+    y_RO = multiply(x_RC, _matrix(weight, weight.raw) if w_OC is None else w_OC, layer.bias, operands)  # type: ignore[arg-type]
     y = y_RO.reshape(*rows.shape[:-1], y_RO.shape[-1])
     return y.movedim(-1, 1) if _is_convolution(layer) else y
 
@@ -243,9 +244,7 @@ def _decide(weight: MaskedWeight, rows: int, dtype: torch.dtype, forced: bool) -
     fused = False
     if taken[1] != DENSE and _can_write_both(method):
         pattern = weight.told.pattern if method.splits_backward else None
-        fused = fusing_pays(
-            _matrix(weight, weight.forward_weight()).detach(), dtype, method.row_order(weight.state), pattern
-        )
+        fused = fusing_pays(_forward_matrix(weight).detach(), dtype, method.row_order(weight.state), pattern)
     return Decision(Route(dtype, taken[0], taken[1], fused), forward, *timings)  # type: ignore[arg-type]
 
 
@@ -254,10 +253,10 @@ def _can_write_both(method: Method[Any]) -> bool:
 
 
 @torch.no_grad()
-def _make(weight: MaskedWeight, w_OC: Tensor, route: Route, both: bool, *, packed: bool) -> Operands:
-    """Make the operands of a layer from its forward weight."""
-    method, state = weight.told.method, weight.state
-    w_OC, order, pattern = w_OC.detach(), method.row_order(state), weight.told.pattern
+def _make(weight: MaskedWeight, w_OC: Tensor | None, route: Route, both: bool, *, packed: bool) -> Operands:
+    """Make the operands of a layer from its forward weight, computed here if it is not given."""
+    method, state, pattern = weight.told.method, weight.state, weight.told.pattern
+    w_OC, order = (_forward_matrix(weight) if w_OC is None else w_OC).detach(), method.row_order(state)
     backward: Tensor | None = None
     if both and route.input_gradient != DENSE and _can_write_both(method):
         columns = pattern if method.splits_backward else None
@@ -279,9 +278,13 @@ def _make(weight: MaskedWeight, w_OC: Tensor, route: Route, both: bool, *, packe
 @torch.no_grad()
 def _is_24(weight: MaskedWeight) -> bool:
     both, route = weight.told.method.sparse_input_gradient, Route(weight.raw.dtype, 0, 0)
-    made = _make(weight, _matrix(weight, weight.forward_weight()), route, both, packed=False)
+    made = _make(weight, None, route, both, packed=False)
     along = [t for t in (made.forward, made.backward) if t is not None]
     return all(check_blocks(t.unsqueeze(1), TENSOR_CORES).holds for t in along)
+
+
+def _forward_matrix(weight: MaskedWeight) -> Tensor:
+    return _matrix(weight, weight.forward_weight())
 
 
 def _matrix(weight: MaskedWeight, t: Tensor) -> Tensor:

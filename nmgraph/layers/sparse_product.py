@@ -124,7 +124,7 @@ def multiply(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor | None, operands: O
 
     Args:
         x_RC: contiguous, of the operands' dtype.
-        weight_OC: masked, of any dtype and strides; its values are not looked at.
+        weight_OC: where the gradient goes, of any dtype and strides; its values are not looked at.
         bias_O: of any dtype.
         operands: of the weight.
     """

@@ -129,6 +129,10 @@ class BiMask(Method[BiMaskState]):
         salience = w_OSC.abs().float() if self.criterion != "weight" else w_OSC.new_empty(0, dtype=torch.float32)
         return BiMaskState(identity, seed, salience)
 
+    @property
+    def straight_through(self) -> bool:
+        return True
+
     def work(self, pattern: Pattern, clock: Clock) -> Work:
         # Of the backward weight at most: a block of it may lie where the forward mask has left less than N.
         return Work(pattern.density, pattern.density, 1.0)

@@ -155,6 +155,11 @@ class Method(ABC, Generic[State]):
         return self.splits_backward
 
     @property
+    def straight_through(self) -> bool:
+        """Tell whether all of the gradient of ``forward_weight`` goes to ``w_OSC`` as it is."""
+        return False
+
+    @property
     def backward_by_magnitude(self) -> bool:
         """Tell whether ``backward_weight`` is the N largest of every M in a column of the forward one, in ``row_order``.
 

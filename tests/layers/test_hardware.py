@@ -427,3 +427,16 @@ def test_each_number_of_rows_is_decided_by_its_power_of_two(monkeypatch):
         with torch.autocast("cpu", dtype=BF16):
             model[0](torch.randn(rows, 64))
     assert asked == [32, 64, 128, 16, 65_536]
+
+
+def test_between_steps_nothing_is_computed_from_the_weights(kernels, monkeypatch):
+    model, _, _ = trained(network(), "tmask", steps=0)
+    x = torch.randn(24, 64)
+    with torch.autocast("cpu", dtype=BF16):
+        first = model(x)
+        monkeypatch.setattr(type(nm(model[0]).told.method), "forward_weight", None)  # which would fail
+        again = model(x)
+    assert torch.equal(first, again)
+    again.float().sum().backward()
+    assert model[0].nm_notes["weight"].hardware.is_open
+    assert all(p.grad is not None for p in model.parameters())
