@@ -87,6 +87,22 @@ def test_the_faster_of_the_default_and_the_searched_algorithm_is_taken(monkeypat
     assert found.algorithm in (0, 1)
 
 
+@pytest.mark.parametrize("spoilt", [0, 1])
+@pytest.mark.parametrize("how", ["wrong", "fails"])
+def test_an_algorithm_that_is_wrong_or_fails_is_passed_over(spoilt, how, monkeypatch):
+    def product(*args):
+        if args[-1] == spoilt and how == "fails":
+            raise RuntimeError("CUDA error: operation not supported")
+        return right(*args) * (0.5 if args[-1] == spoilt else 1.0)
+
+    with stand_in.kernels():
+        right = probe.multiply_24
+        monkeypatch.setattr(probe, "multiply_24", product)
+        found = probe.measure(PRODUCT, CPU)
+    assert found.algorithm == 1 - spoilt
+    assert found.usable
+
+
 def test_timings_are_taken_once(cache, measured):
     assert timing_of(PRODUCT, CPU) == timing_of(PRODUCT, CPU) == Timing(1.0, 0.5)
     assert measured == [PRODUCT]
