@@ -66,7 +66,8 @@ bindings: $(INSTALLED)
 	$(BIN)/python tests/export/bindings_wheels.py fetch
 
 # torch comes first and pinned, so that nothing after it pulls another build; what needs torch itself (tests only) comes without
-# its dependencies, for the same reason. The demo needs less than the rest.
+# its dependencies, for the same reason. Triton, which torch for CUDA brings, is there for its interpreter, in which the tests run a
+# kernel. The demo needs less than the rest.
 $(DEMO_INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch --constraint constraints.txt
@@ -75,5 +76,5 @@ $(DEMO_INSTALLED): pyproject.toml constraints.txt
 
 $(INSTALLED): $(DEMO_INSTALLED)
 	$(PIP) --editable ".[demo,test,lint,docs]" --constraint constraints.txt
-	$(PIP) --no-deps torchvision timm transformers tokenizers accelerate lightning lightning-utilities torchmetrics --constraint constraints.txt
+	$(PIP) --no-deps torchvision timm transformers tokenizers accelerate lightning lightning-utilities torchmetrics "triton; platform_system == 'Linux'" --constraint constraints.txt
 	@touch $@

@@ -1,6 +1,7 @@
 """What can only be seen on a GPU. Skipped elsewhere."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from handles import nm
 from torch import nn
 
 import nmgraph
+from nmgraph.layers.hardware import missing
+from nmgraph.layers.probe import Product, measure, median_ms
+from nmgraph.nm.both_ways import both_ways
+from nmgraph.nm.pattern import Pattern
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -99,3 +104,106 @@ def test_export_of_a_model_on_the_gpu(tmp_path):
     model = nmgraph.convert(network().cuda(), method="srste")
     assert nmgraph.export(model, tmp_path / "out", example_inputs=torch.randn(1, 8, 8, 8)).holds
     assert next(model.parameters()).is_cuda
+
+
+@pytest.mark.parametrize("pattern", [None, "1:2", "2:4", "4:8", "4:16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_writes_the_operands_of_both_products_that_torch_does(pattern, stored, dtype):
+    pytest.importorskip("triton")
+    w = torch.randn(1000, 776, device="cuda", dtype=stored)
+    order = torch.randperm(1000, device="cuda")
+    for weight in (w, w.t().contiguous().t()):
+        found, expected = (
+            both_ways(weight, dtype, order, pattern and Pattern.parse(pattern), fused=fused) for fused in (True, False)
+        )
+        assert all(map(torch.equal, found, expected))
+
+
+needs_sparse_cores = pytest.mark.skipif(bool(missing()), reason=missing() or "there are some")
+
+
+def wide(channels=512):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)).cuda()
+
+
+def trained(method, mode, *, dtype=torch.bfloat16, steps=3, compiled=None, **options):
+    model = nmgraph.convert(wide(), method=method, hardware=mode, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    nmgraph.attach(model, optimizer, total_steps=steps)
+    called = model if compiled is None else torch.compile(model, mode=compiled)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, enabled=dtype == torch.float16)
+    generator, seen = torch.Generator().manual_seed(1), []
+    for _ in range(steps):
+        x = torch.randn(1000, 512, generator=generator).cuda().requires_grad_()
+        with torch.autocast("cuda", dtype=dtype):
+            loss = (called(x) - x).square().mean()
+        scaler.scale(loss).backward()
+        seen.append((loss.detach().clone(), x.grad.clone()))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return model, seen
+
+
+@needs_sparse_cores
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("product", [
+    Product(1024, 512, 4096, "{}", bias=True), Product(512, 1024, 4096, "{}", input_gradient=True, gathers=True),
+    Product(16, 16, 16, "{}"), Product(48, 80, 16, "{}"),
+], ids=str)  # fmt: skip
+def test_the_kernels_give_the_masked_product(dtype, product):
+    named = dataclasses.replace(product, dtype=str(dtype).removeprefix("torch."))
+    assert measure(named, torch.device("cuda")).failure == ""
+
+
+@needs_sparse_cores
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_training_on_sparse_cores_is_that_of_masked_weights(method, dtype):
+    options = {"interval": 1} if method in ("bimask", "tmask") else {}
+    model, ours = trained(method, "force", dtype=dtype, **options)
+    _, theirs = trained(method, "off", dtype=dtype, **options)
+    assert model[0].nm_notes["weight"].hardware is not None
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * float(b[1].abs().max()))
+
+
+@needs_sparse_cores
+@pytest.mark.parametrize("compiled", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("method", ["tmask", "bimask", "srste"])
+def test_compiled_training_on_sparse_cores(compiled, method):
+    _, ours = trained(method, "force", compiled=compiled, steps=6)
+    _, theirs = trained(method, "off", steps=6)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * float(b[1].abs().max()))
+
+
+@needs_sparse_cores
+def test_a_replayed_graph_multiplies_by_the_weights_of_now():
+    model = nmgraph.convert(wide().bfloat16(), method="srste", hardware="force")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    nmgraph.attach(model, optimizer, total_steps=10)
+    x = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(model, (x,))
+    for _ in range(3):
+        y = graphed(x)
+        y.float().square().mean().backward()
+        reference = nmgraph.finalize(model)
+        torch.testing.assert_close(y, reference(x), rtol=0.05, atol=0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@needs_sparse_cores
+def test_auto_never_makes_a_layer_slower():
+    torch.manual_seed(0)
+    times = {}
+    x = torch.randn(16384, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for mode in ("off", "auto"):
+        model = nmgraph.convert(wide(1024).bfloat16(), method="tmask", hardware=mode)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        nmgraph.attach(model, optimizer, total_steps=1000)
+        times[mode] = median_ms(lambda model=model: model(x).sum().backward(), torch.device("cuda"))
+    assert times["auto"] < 1.05 * times["off"]

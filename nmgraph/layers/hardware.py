@@ -20,9 +20,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nmgraph.compilation import is_plain
 from nmgraph.layers.kinds import has_own_forward, is_layer, is_transposed_convolution
-from nmgraph.layers.probe import Product, Timing, timing_of
+from nmgraph.layers.probe import Product, Timing, fusing_pays, timing_of
 from nmgraph.layers.sharding import is_sharded
 from nmgraph.layers.sparse_product import DENSE, Operands, compress, multiply
+from nmgraph.methods.contract import Method
+from nmgraph.nm.both_ways import both_ways
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import TENSOR_CORES
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 MODES = ("auto", "off", "force")
 _MULTIPLE = 16  # of both sides of a half-precision weight
 _HALVES = (torch.float16, torch.bfloat16)
+_MOST_ROWS = 1 << 16  # beyond, both products take longer in the same measure
 _USUAL_ROWS = 8192  # for which a compiled layer is timed that never ran otherwise
 
 
@@ -43,11 +46,13 @@ class Route(NamedTuple):
         dtype: of the operands.
         forward: number of the algorithm of the forward product, or ``DENSE``.
         input_gradient: likewise.
+        fused: whether one kernel makes the operands of both.
     """
 
     dtype: torch.dtype
     forward: int
     input_gradient: int
+    fused: bool = False
 
     @property
     def is_sparse(self) -> bool:
@@ -77,7 +82,7 @@ class Hardware:
     Attributes:
         mode: ``auto``, or ``force`` to use them also where they do not pay.
         is_open: whether a controller stands by that the weight is 2:4.
-        decisions: of calls seen, by rows, rounded up to a power of two, and dtype.
+        decisions: of calls seen, by rows, rounded up to a power of two, 65,536 at most, and dtype.
         latest: the last one; until there is a call, one for the usual number of rows. Compiled code takes it.
     """
 
@@ -86,7 +91,7 @@ class Hardware:
         self.is_open = False
         self.decisions: dict[tuple[int, torch.dtype], Decision] = {}
         self.latest: Decision | None = None
-        self._kept: tuple[tuple[Any, ...], Operands] | None = None
+        self._kept: tuple[nn.Parameter, tuple[Any, ...], Operands] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hardware, (self.mode,)
@@ -116,16 +121,18 @@ class Hardware:
             dtype = raw.dtype if raw.dtype in _HALVES else torch.bfloat16
             self.latest = _decide(weight, _USUAL_ROWS, dtype, self.mode == "force")
 
-    def operands(self, weight: MaskedWeight, w_OC: Tensor, route: Route, both: bool) -> Operands:
+    def operands(self, weight: MaskedWeight, w_OC: Tensor | None, route: Route, both: bool) -> Operands:
         """Give what the products multiply by: kept from an earlier call since the optimizer's last step, or made now."""
-        if torch.compiler.is_compiling() or _is_captured(w_OC):
-            return _make(weight, w_OC, route, both, packed=False)
         raw = weight.raw
+        if torch.compiler.is_compiling() or _is_captured(raw):
+            return _make(weight, w_OC, route, both, packed=False)
+        if not isinstance(raw, nn.Parameter):  # called with other weights, through torch.func
+            return _make(weight, w_OC, route, both, packed=True)
         key = (_optimizer_steps(), raw._version, raw.data_ptr(), both, *route)
         kept = self._kept
-        if kept is None or kept[0] != key:
-            kept = self._kept = key, _make(weight, w_OC, route, both, packed=True)
-        return kept[1]
+        if kept is None or kept[0] is not raw or kept[1] != key:
+            kept = self._kept = raw, key, _make(weight, w_OC, route, both, packed=True)
+        return kept[2]
 
 
 def obstacle(weight: MaskedWeight) -> str:
@@ -186,11 +193,11 @@ def product(weight: MaskedWeight, x: Tensor, *rest: Any) -> Tensor | None:
     if hardware is None or not hardware.is_open or not layer.training or rest:
         return None
     device, compiling = x.device.type, torch.compiler.is_compiling()
-    if torch.compiler.is_exporting() or not (compiling or is_plain(x)):
-        return None
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if dtype not in _HALVES or torch.compiler.is_exporting() or not (compiling or is_plain(x)):
+        return None
     rows = _as_rows(layer, x)
-    if rows is None or dtype not in _HALVES:
+    if rows is None:
         return None
     if compiling or _is_captured(x):  # nothing can be timed now
         route = None if hardware.latest is None else hardware.latest.route
@@ -200,10 +207,11 @@ def product(weight: MaskedWeight, x: Tensor, *rest: Any) -> Tensor | None:
         return None
     if route.forward == DENSE and not x.requires_grad:
         return None
-    weight_OC = _matrix(weight, weight.forward_weight())
-    operands = hardware.operands(weight, weight_OC, route, x.requires_grad)
+    # The masked weight is looked at once a step; in between it only says where the gradient goes.
+    w_OC = None if weight.told.method.straight_through else _forward_matrix(weight)
+    operands = hardware.operands(weight, w_OC, route, x.requires_grad)
     x_RC = rows.reshape(-1, rows.shape[-1]).to(dtype).contiguous()
-    y_RO = multiply(x_RC, weight_OC, layer.bias, operands)  # type: ignore[arg-type]
+    y_RO = multiply(x_RC, _matrix(weight, weight.raw) if w_OC is None else w_OC, layer.bias, operands)  # type: ignore[arg-type]
     y = y_RO.reshape(*rows.shape[:-1], y_RO.shape[-1])
     return y.movedim(-1, 1) if _is_convolution(layer) else y
 
@@ -233,21 +241,34 @@ def _decide(weight: MaskedWeight, rows: int, dtype: torch.dtype, forced: bool) -
         other = Product(inputs, outputs, rows, _name(dtype), input_gradient=True, gathers=gathers)
         timings[1] = timing_of(other, raw_OSC.device)
     taken = [t.algorithm if t is not None and (t.usable if forced else t.wins) else DENSE for t in timings]
-    return Decision(Route(dtype, *taken), forward, *timings)  # type: ignore[arg-type]
+    fused = False
+    if taken[1] != DENSE and _can_write_both(method):
+        pattern = weight.told.pattern if method.splits_backward else None
+        fused = fusing_pays(_forward_matrix(weight).detach(), dtype, method.row_order(weight.state), pattern)
+    return Decision(Route(dtype, taken[0], taken[1], fused), forward, *timings)  # type: ignore[arg-type]
+
+
+def _can_write_both(method: Method[Any]) -> bool:
+    return not method.splits_backward or method.backward_by_magnitude
 
 
 @torch.no_grad()
-def _make(weight: MaskedWeight, w_OC: Tensor, route: Route, both: bool, *, packed: bool) -> Operands:
-    """Make the operands of a layer from its forward weight."""
-    method, state = weight.told.method, weight.state
-    w_OC, backward, order = w_OC.detach(), None, method.row_order(state)
-    forward = w_OC.to(route.dtype).contiguous()
-    if both:
-        other_OSC = method.backward_weight(w_OC.unsqueeze(1), state, weight.told.pattern)
-        backward = w_OC if other_OSC is None else other_OSC.squeeze(1)
-        if route.input_gradient != DENSE:
-            backward = (backward if order is None else backward.index_select(0, order)).t()
-        backward = backward.to(route.dtype).contiguous()
+def _make(weight: MaskedWeight, w_OC: Tensor | None, route: Route, both: bool, *, packed: bool) -> Operands:
+    """Make the operands of a layer from its forward weight, computed here if it is not given."""
+    method, state, pattern = weight.told.method, weight.state, weight.told.pattern
+    w_OC, order = (_forward_matrix(weight) if w_OC is None else w_OC).detach(), method.row_order(state)
+    backward: Tensor | None = None
+    if both and route.input_gradient != DENSE and _can_write_both(method):
+        columns = pattern if method.splits_backward else None
+        forward, backward = both_ways(w_OC, route.dtype, order, columns, fused=route.fused and packed)
+    else:
+        forward = w_OC.to(route.dtype).contiguous()
+        if both:
+            other_OSC = method.backward_weight(w_OC.unsqueeze(1), state, pattern)
+            backward = w_OC if other_OSC is None else other_OSC.squeeze(1)
+            if route.input_gradient != DENSE:
+                backward = (backward if order is None else backward.index_select(0, order)).t()
+            backward = backward.to(route.dtype).contiguous()
     if packed:
         forward = forward if route.forward == DENSE else compress(forward)
         backward = backward if backward is None or route.input_gradient == DENSE else compress(backward)
@@ -257,9 +278,13 @@ def _make(weight: MaskedWeight, w_OC: Tensor, route: Route, both: bool, *, packe
 @torch.no_grad()
 def _is_24(weight: MaskedWeight) -> bool:
     both, route = weight.told.method.sparse_input_gradient, Route(weight.raw.dtype, 0, 0)
-    made = _make(weight, _matrix(weight, weight.forward_weight()), route, both, packed=False)
+    made = _make(weight, None, route, both, packed=False)
     along = [t for t in (made.forward, made.backward) if t is not None]
     return all(check_blocks(t.unsqueeze(1), TENSOR_CORES).holds for t in along)
+
+
+def _forward_matrix(weight: MaskedWeight) -> Tensor:
+    return _matrix(weight, weight.forward_weight())
 
 
 def _matrix(weight: MaskedWeight, t: Tensor) -> Tensor:
@@ -280,7 +305,7 @@ def _has_kernels(device: str) -> bool:
 
 
 def _rounded(rows: int) -> int:
-    return 1 << max(4, (rows - 1).bit_length())
+    return min(1 << max(4, (rows - 1).bit_length()), _MOST_ROWS)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -371,6 +371,8 @@ class Masked(nn.Module):
                 )
                 return
             note.forget()
+            if note.hardware is not None:
+                note.hardware.close()  # the masks that are loaded may be of an earlier time
         for name, buffer in self._empty_buffers().items():
             state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(

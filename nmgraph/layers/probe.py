@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmgraph.errors import FileError
+from nmgraph.errors import FileError, first_line
 from nmgraph.files import written_atomically
 from nmgraph.layers.sparse_product import compress, multiply_24
+from nmgraph.nm.both_ways import both_ways, can_fuse
 from nmgraph.nm.masks import magnitude_mask
-from nmgraph.nm.pattern import TENSOR_CORES
+from nmgraph.nm.pattern import TENSOR_CORES, Pattern
 
 WIN = 1.02  # times faster than dense before it is taken: less is noise
 _TOLERANCE = 0.02  # of the largest result: both sum in float32 and round once
 _WARM_UP, _ROUNDS = 5, 20
+_DEFAULT = 0  # cuSPARSELt's own choice of algorithm
 _log = logging.getLogger("nmgraph")
 
 
@@ -69,10 +74,14 @@ class Timing:
         dense: the product by the masked weight.
         sparse: the product on sparse tensor cores, without what follows.
         gather: putting the columns of x into order.
-        prepare: compressing the weight, which happens once per optimizer step.
+        prepare: casting, for the input gradient ordering and transposing, and compressing the masked weight, once per
+            optimizer step.
         algorithm: cuSPARSELt's number of the fastest.
         error: largest difference of the results, as a share of the largest result.
-        failure: why there is no sparse product.
+        failure: why the sparse product cannot be used.
+
+    Raises:
+        ValueError: for what no measurement gives.
     """
 
     dense: float
@@ -83,6 +92,11 @@ class Timing:
     error: float = 0.0
     failure: str = ""
 
+    def __post_init__(self) -> None:
+        times = self.dense, self.sparse, self.gather, self.prepare, self.error
+        if not all(isinstance(t, float) and 0.0 <= t < math.inf for t in times) or type(self.algorithm) is not int:
+            raise ValueError(f"{self} is no timing")
+
     @property
     def whole(self) -> float:
         """All of what the sparse product takes in a step of one batch."""
@@ -90,8 +104,13 @@ class Timing:
 
     @property
     def usable(self) -> bool:
-        """Tell whether the sparse product gives the same as the dense one."""
-        return not self.failure and self.error <= _TOLERANCE
+        """Tell whether the sparse product works, and gives the same as the dense one."""
+        return not self.failure
+
+    @property
+    def pays_ungathered(self) -> bool:
+        """Tell whether it would be faster if nothing had to be put into order."""
+        return self.usable and self.dense > WIN * (self.whole - self.gather)
 
     @property
     def wins(self) -> bool:
@@ -111,8 +130,10 @@ def timing_of(product: Product, device: torch.device) -> Timing:
 def _timing_of(product: Product, device: str) -> Timing:
     path = _directory() / _machine(device) / f"{product}.json"
     try:
-        return Timing(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        kept = json.loads(path.read_text())
+        if kept.keys() == {field.name for field in fields(Timing)}:
+            return Timing(**kept)
+    except (OSError, ValueError, AttributeError):
         pass  # not there yet, or not ours: it is measured, and written anew
     found = measure(product, torch.device(device))
     try:
@@ -131,7 +152,10 @@ def _say_once(message: str) -> None:
 
 def _directory() -> Path:
     chosen = os.environ.get("NMGRAPH_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "nmgraph"
+    try:
+        return Path(chosen) if chosen else Path.home() / ".cache" / "nmgraph"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "nmgraph"
 
 
 @cache
@@ -155,27 +179,68 @@ def measure(product: Product, device: torch.device) -> Timing:
     dense: Callable[[], Tensor] = partial(F.linear, x_RC, w_OC, bias)
     if product.input_gradient:
         dense = partial(torch.matmul, x_RC, w_OC.t().contiguous())
+    source = w_OC.index_select(1, order.argsort()) if product.gathers else w_OC
+    source = (source.t() if product.input_gradient else source).float().contiguous()
+
+    def prepare() -> Tensor:
+        """Make of the float32 weight, as its layer has it, what the product takes."""
+        w = source.index_select(0, order) if product.gathers else source
+        return compress((w.t() if product.input_gradient else w).to(dtype).contiguous())
+
+    expected, failure, errors = dense(), "", {}
     try:
         packed = compress(w_OC)
         sparse = partial(multiply_24, packed, x_RC, bias, product.outputs)
-        expected = dense()
-        error = float((sparse(0) - expected).abs().max() / expected.abs().max())
-        found = torch._cslt_sparse_mm_search(packed, x_RC.t(), bias, transpose_result=True)
+        searched = torch._cslt_sparse_mm_search(packed, x_RC.t(), bias, transpose_result=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as failed:  # whatever NVIDIA's libraries lack for this GPU or shape
-        return Timing(median_ms(dense, device), failure=str(failed).partition("\n")[0])
+        return Timing(median_ms(dense, device), failure=first_line(failed))
+    for algorithm in dict.fromkeys((_DEFAULT, searched)):
+        try:
+            errors[algorithm] = _error(sparse(algorithm), expected)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failed:
+            failure = first_line(failed)
+    if not errors:
+        return Timing(median_ms(dense, device), failure=failure)
     # What the search likes best is not always the fastest one.
-    algorithms = {algorithm: median_ms(partial(sparse, algorithm), device) for algorithm in dict.fromkeys((0, found))}
-    algorithm = min(algorithms, key=lambda number: algorithms[number])
+    times = {algorithm: median_ms(partial(sparse, algorithm), device) for algorithm in errors}
+    algorithm = min(times, key=lambda number: times[number])
     return Timing(
         dense=median_ms(dense, device),
         sparse=median_ms(partial(sparse, algorithm), device),
         gather=median_ms(partial(x_RC.index_select, 1, order), device) if product.gathers else 0.0,
-        prepare=median_ms(partial(compress, w_OC), device),
+        prepare=median_ms(prepare, device),
         algorithm=algorithm,
-        error=error,
+        error=errors[algorithm],
     )
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Give the largest difference as a share of the largest number; more than rounding is a failure."""
+    error = float((found - expected).abs().max() / expected.abs().max())
+    if not error <= _TOLERANCE:  # nor NaN
+        raise RuntimeError(f"its answer differs from the dense one by {error:.1%} of the largest")
+    return error
+
+
+_fusing: dict[tuple[Any, ...], bool] = {}
+
+
+def fusing_pays(w_OC: Tensor, dtype: torch.dtype, order_O: Tensor | None, pattern: Pattern | None) -> bool:
+    """Tell whether one kernel makes both operands of a weight faster than several; timed once per kind."""
+    if not can_fuse(w_OC, pattern):
+        return False
+    kind = tuple(w_OC.shape), w_OC.stride(), w_OC.dtype, dtype, order_O is None, pattern, w_OC.device
+    if kind not in _fusing:
+        times = [
+            median_ms(partial(both_ways, w_OC, dtype, order_O, pattern, fused=fused), w_OC.device)
+            for fused in (True, False)
+        ]
+        _fusing[kind] = times[0] < times[1]
+    return _fusing[kind]
 
 
 def median_ms(work: Callable[[], object], device: torch.device) -> float:

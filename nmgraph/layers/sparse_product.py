@@ -63,12 +63,11 @@ def multiply_24(weight: Tensor, x_RC: Tensor, bias_O: Tensor | None, outputs: in
         algorithm: cuSPARSELt's number.
     """
     packed = compress(weight) if weight.numel() == outputs * x_RC.shape[1] else weight
-    rows = x_RC.shape[0]
-    if rows % _ROWS:
-        x_RC = F.pad(x_RC, (0, 0, 0, -rows % _ROWS))
-    y_RO = torch._cslt_sparse_mm(packed, x_RC.t(), bias_O, transpose_result=True, alg_id=algorithm)
-    found: Tensor = y_RO[:rows]
-    return found
+    rows, over = x_RC.shape[0], -x_RC.shape[0] % _ROWS
+    if over:
+        x_RC = F.pad(x_RC, (0, 0, 0, over))
+    y_RO: Tensor = torch._cslt_sparse_mm(packed, x_RC.t(), bias_O, transpose_result=True, alg_id=algorithm)
+    return y_RO[:rows].clone() if over else y_RO  # no view: what follows may change it in place
 
 
 @multiply_24.register_fake
@@ -125,7 +124,7 @@ def multiply(x_RC: Tensor, weight_OC: Tensor, bias_O: Tensor | None, operands: O
 
     Args:
         x_RC: contiguous, of the operands' dtype.
-        weight_OC: masked, of any dtype and strides; its values are not looked at.
+        weight_OC: where the gradient goes, of any dtype and strides; its values are not looked at.
         bias_O: of any dtype.
         operands: of the weight.
     """

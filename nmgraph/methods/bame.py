@@ -147,6 +147,10 @@ class BAME(Method[BAMEState]):
         return f"no mask adaption falls between t_i and t_f, as interval={self.interval}. Set a smaller interval"
 
     @property
+    def backward_by_magnitude(self) -> bool:
+        return self.bidirectional
+
+    @property
     def operand_looks_across(self) -> bool:
         """The backward mask's blocks run over rows."""
         return self.bidirectional

@@ -111,6 +111,10 @@ class BiMask(Method[BiMaskState]):
         return self.backward_mask
 
     @property
+    def backward_by_magnitude(self) -> bool:
+        return self.backward_mask and self.criterion == "weight"
+
+    @property
     def operand_looks_across(self) -> bool:
         """The backward mask's blocks run over rows."""
         return self.backward_mask
@@ -124,6 +128,10 @@ class BiMask(Method[BiMaskState]):
         # Until the first step there is no gradient, and nothing was drawn.
         salience = w_OSC.abs().float() if self.criterion != "weight" else w_OSC.new_empty(0, dtype=torch.float32)
         return BiMaskState(identity, seed, salience)
+
+    @property
+    def straight_through(self) -> bool:
+        return True
 
     def work(self, pattern: Pattern, clock: Clock) -> Work:
         # Of the backward weight at most: a block of it may lie where the forward mask has left less than N.

@@ -155,6 +155,19 @@ class Method(ABC, Generic[State]):
         return self.splits_backward
 
     @property
+    def straight_through(self) -> bool:
+        """Tell whether all of the gradient of ``forward_weight`` goes to ``w_OSC`` as it is."""
+        return False
+
+    @property
+    def backward_by_magnitude(self) -> bool:
+        """Tell whether ``backward_weight`` is the N largest of every M in a column of the forward one, in ``row_order``.
+
+        What keeps more while it is not N:M yet may say so, too.
+        """
+        return False
+
+    @property
     def needs_attach(self) -> bool:
         """Tell whether training without ``attach`` would not be this method."""
         return True

@@ -88,6 +88,10 @@ class DecayingMask(Method[DecayingMaskState]):
     def init(self, w_OSC: Tensor, pattern: Pattern) -> DecayingMaskState:
         return DecayingMaskState(torch.tensor(self.factor(0.0), dtype=torch.float32, device=w_OSC.device))
 
+    @property
+    def straight_through(self) -> bool:
+        return self.gradient_flow != "faded"
+
     def work(self, pattern: Pattern, clock: Clock) -> Work:
         density = 1.0 if self.factor(clock.progress_before) > 0 else pattern.density
         return Work(density, density, density if self.gradient_flow == "faded" else 1.0)

@@ -90,6 +90,10 @@ class Gradual(Method[GradualState]):
         state = GradualState(torch.tensor(pattern.m, device=w_OSC.device), everything)
         return self.conclude(w_OSC, state, pattern) if self.t_f == 0 else state
 
+    @property
+    def straight_through(self) -> bool:
+        return self.base == "srste"
+
     def work(self, pattern: Pattern, clock: Clock) -> Work:
         density = self.kept(clock.step, clock.total_steps, pattern) / pattern.m
         return Work(density, density, density if self.base == "asp" else 1.0)

@@ -101,6 +101,10 @@ class MaxQ(Method[MaxQState]):
     def init(self, w_OSC: Tensor, pattern: Pattern) -> MaxQState:
         return MaxQState(torch.tensor(self.dense_share(0.0), dtype=torch.float32, device=w_OSC.device))
 
+    @property
+    def straight_through(self) -> bool:
+        return True
+
     def work(self, pattern: Pattern, clock: Clock) -> Work:
         dense = self.dense_share(clock.progress_before)
         density = dense + (1.0 - dense) * pattern.density

@@ -112,6 +112,10 @@ class SRSTE(Method[SRSTEState]):
     def init(self, w_OSC: Tensor, pattern: Pattern) -> SRSTEState:
         return SRSTEState(torch.tensor(self.kept(0.0, pattern), device=w_OSC.device))
 
+    @property
+    def straight_through(self) -> bool:
+        return True
+
     def work(self, pattern: Pattern, clock: Clock) -> Work:
         density = self.kept(clock.progress_before, pattern) / pattern.m
         return Work(density, density, 1.0)

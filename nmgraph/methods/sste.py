@@ -57,6 +57,10 @@ class SSTE(Method[SSTEState]):
         scale = (w_OSC * s_OSC).sum() / s_OSC.square().sum()  # least squares of W by β S(W)
         return SSTEState(torch.where(torch.isfinite(scale), scale, torch.ones_like(scale)).float())
 
+    @property
+    def straight_through(self) -> bool:
+        return True
+
     def work(self, pattern: Pattern, clock: Clock) -> Work:
         return Work(pattern.density, pattern.density, 1.0)
 

@@ -79,6 +79,10 @@ class TMask(Method[TMaskState]):
         """One mask serves both ways."""
         return True
 
+    @property
+    def straight_through(self) -> bool:
+        return True
+
     def work(self, pattern: Pattern, clock: Clock) -> Work:
         return Work(pattern.density, pattern.density, 1.0)
 

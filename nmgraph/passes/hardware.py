@@ -15,6 +15,9 @@ from nmgraph.layers.masked import MaskedWeight, accelerate, masked_weights
 from nmgraph.layers.probe import Timing
 from nmgraph.layers.sparse_product import DENSE
 
+_TOLD = 'it was converted with hardware="off", or where no sparse tensor cores were'
+_FEW = 1 << 16  # of so many weights a dense product takes less time than a sparse one takes to start
+
 
 @dataclass(frozen=True)
 class ProductSpeed:
@@ -130,8 +133,14 @@ def allow_hardware(model: nn.Module, mode: str) -> None:
             f'hardware="force" needs sparse tensor cores, but {lacking}. Use "auto", which trains the same without.'
         )
     for weight in masked_weights(model).values():
-        able = mode != "off" and not lacking and not obstacle(weight)
+        able = mode != "off" and not (lacking or obstacle(weight) or (mode == "auto" and _small(weight)))
         accelerate(weight, Hardware(mode) if able else None)
+
+
+def _small(weight: MaskedWeight) -> str:
+    """Say why a weight need not be timed; empty if it has to be."""
+    count = weight.raw.numel()
+    return f"its {count:,} weights are too few to pay for the call" if count < _FEW else ""
 
 
 def report_hardware(model: nn.Module) -> HardwareReport:
@@ -145,7 +154,7 @@ def _entries(name: str, weight: MaskedWeight) -> list[LayerHardware]:
     shape = outputs, inputs
     hardware = weight.hardware
     if hardware is None:
-        reason = obstacle(weight) or missing() or 'it was told so, by hardware="off"'
+        reason = obstacle(weight) or missing() or _small(weight) or _TOLD
         return [LayerHardware(name, tuple(weight.raw.shape), reason=reason)]
     if not hardware.is_open:
         attached = weight.site in weight.training.attached
@@ -173,8 +182,8 @@ def _speed(timing: Timing, sparse: bool) -> ProductSpeed:
     reason = ""
     if timing.failure:
         reason = timing.failure
-    elif not timing.usable:
-        reason = f"the sparse product differs by {timing.error:.1%}"
+    elif not sparse and timing.pays_ungathered:
+        reason = "putting dY into the order of the rows takes the gain; permute=False, or tmask, needs no order"
     elif not sparse:
         reason = "the dense product is as fast"
     whole = 0.0 if timing.failure else timing.whole

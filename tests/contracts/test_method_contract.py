@@ -12,7 +12,9 @@ from nmgraph.layers.masked import Training, sparsify
 from nmgraph.layers.recipe import Recipe
 from nmgraph.methods import METHODS
 from nmgraph.nm.grouping import blocks, canonical
+from nmgraph.nm.masks import check_blocks
 from nmgraph.nm.pattern import Pattern
+from nmgraph.nm.permutation import column_sparse
 
 STEPS = 60
 STUDENT_SEED = 5
@@ -192,3 +194,49 @@ def test_the_masked_gradient_that_a_user_clips_or_logs_is_the_one_that_is_applie
             assert torch.equal(applied[-1][kept], seen[kept])
             assert not seen[~mask].any()
     assert (dense_steps > 0) == (method in ("bame", "rigl"))
+
+
+VARIANTS = [
+    *(pytest.param(METHODS[name](), id=name) for name in METHODS),
+    *(
+        pytest.param(METHODS[name](**options), id=f"{name}-{'-'.join(map(str, options.values()))}")
+        for name, options in (
+            ("bame", {"bidirectional": True}), ("bimask", {"criterion": "gradient"}), ("bimask", {"permute": False}),
+            ("bimask", {"backward_mask": False}), ("gradual", {"base": "srste"}), ("decaying-mask", {"gradient_flow": "dense"}),
+        )
+    ),
+]  # fmt: skip
+
+
+def concluded(method, w_OSC, pattern):
+    state = method.conclude(w_OSC, method.init(w_OSC, pattern), pattern)
+    if method.row_order(state) is not None:
+        drawn = torch.randperm(len(w_OSC), generator=torch.Generator().manual_seed(5))
+        state = state._replace(permutation=drawn)
+    return state
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+def test_what_a_method_says_of_itself_to_sparse_kernels_is_so(method, pattern):
+    pattern, w_OSC = Pattern.parse(pattern), torch.randn(16, 1, 32, requires_grad=True)
+    state = concluded(method, w_OSC.detach(), pattern)
+    forward = method.forward_weight(w_OSC, state, pattern)
+    arriving = torch.randn_like(forward)
+    forward.backward(arriving)
+    assert torch.equal(w_OSC.grad, arriving) or not method.straight_through
+    assert check_blocks(forward.detach(), pattern).holds
+    backward = method.backward_weight(forward.detach(), state, pattern)
+    assert (backward is not None) == method.splits_backward
+    order = method.row_order(state)
+    order = torch.arange(16) if order is None else order
+    if method.sparse_input_gradient:
+        multiplies = forward.detach() if backward is None else backward
+        assert check_blocks(multiplies[order].permute(2, 1, 0), pattern).holds
+    if method.backward_by_magnitude:
+        assert torch.equal(backward, column_sparse(forward, order, pattern))
+
+
+def test_some_methods_say_each_of_these():
+    for says in ("straight_through", "sparse_input_gradient", "backward_by_magnitude", "splits_backward"):
+        assert {getattr(variant.values[0], says) for variant in VARIANTS} == {True, False}
