@@ -56,6 +56,12 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
+def is_exporting() -> bool:
+    """Tell whether ``torch.export`` looks on."""
+    # Not torch.compiler.is_exporting(): to torch 2.11 each trace for torch.compile is an export as well.
+    return torch.compiler._is_exporting_flag
+
+
 class Compiled:
     """A function of tensors and numbers that writes into the first one, compiled once for all sizes.
 

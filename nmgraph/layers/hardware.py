@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nmgraph.compilation import is_plain
+from nmgraph.compilation import is_exporting, is_plain
 from nmgraph.layers.kinds import has_own_forward, is_layer, is_transposed_convolution
 from nmgraph.layers.probe import Product, Timing, fusing_pays, timing_of
 from nmgraph.layers.sharding import is_sharded
@@ -194,7 +194,7 @@ def product(weight: MaskedWeight, x: Tensor, *rest: Any) -> Tensor | None:
         return None
     device, compiling = x.device.type, torch.compiler.is_compiling()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if dtype not in _HALVES or torch.compiler.is_exporting() or not (compiling or is_plain(x)):
+    if dtype not in _HALVES or is_exporting() or not (compiling or is_plain(x)):
         return None
     rows = _as_rows(layer, x)
     if rows is None:

@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nmgraph.compilation import Compiled, is_plain
+from nmgraph.compilation import Compiled, is_exporting, is_plain
 from nmgraph.nm.grouping import in_memory_order, memory_order, out_of_memory_order
 
 _PAYS = 1 << 30  # weights done for one kind of block until compiling costs less than going on, some ten seconds
@@ -115,7 +115,7 @@ class Blockwise:
         Returns:
             of the first tensor's shape and memory order.
         """
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling() and not is_exporting():
             number, known = (None, keep) if isinstance(keep, int) else (keep, 0)
             found: Tensor = torch.ops.nmgraph.blockwise(self._number, m, known, number, list(tensors), dim)
             return found

@@ -253,6 +253,15 @@ def test_compiled_in_one_graph(method, kernels):
     assert_same(ours, theirs, rtol=0.02, atol=0.02)
 
 
+def test_compiled_where_dynamo_takes_every_trace_for_an_export(kernels, monkeypatch):
+    model, _, _ = trained(network(), steps=1)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_dynamo_compiling())  # as in torch 2.11
+    kernels.clear()
+    with torch.autocast("cpu", dtype=BF16):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(24, 64))
+    assert [call[0] for call in kernels].count("multiply") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["tmask", "bimask"])
 def test_compiled_by_inductor(method):
