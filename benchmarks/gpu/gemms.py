@@ -1,8 +1,8 @@
 """What each product of a layer takes, dense and on sparse tensor cores, at the shapes of known networks.
 
 A layer's step is ``Y = X Wᵀ``, ``dX = dY W`` and ``dW = dYᵀ X``, of which the last is always dense. With T-Mask the first two
-are sparse; Bi-Mask also puts dY into the order of the rows. What is compared is all of that, with compressing and
-transposing once per step, but without the masks, which `share` and `masks` time.
+are sparse; Bi-Mask also puts dY into the order of the rows. What is compared is all of that, with casting the weight, and
+where it is sparse transposing and compressing it, once per step; but without the masks, which `share` and `masks` time.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from bench import Bench, Piece
 
-from nmgraph.layers.probe import Product, median_ms
+from nmgraph.layers.probe import Product, Timing, median_ms
 from nmgraph.layers.probe import measure as measure_product
+from nmgraph.nm.both_ways import both_ways, can_fuse
 from nmgraph.nm.masks import magnitude_mask
 from nmgraph.nm.pattern import TENSOR_CORES
 from nmgraph.nm.straight_through import largest_straight_through, straight_through
@@ -49,44 +50,54 @@ def pieces(bench: Bench) -> Iterator[Piece]:
 
 def layer(bench: Bench, outputs: int, inputs: int, rows: int) -> dict[str, Any]:
     forward = measure_product(Product(outputs, inputs, rows, "bfloat16"), bench.device)
-    back = measure_product(Product(inputs, outputs, rows, "bfloat16", input_gradient=True, gathers=True), bench.device)
+    back, gathered = (
+        measure_product(Product(inputs, outputs, rows, "bfloat16", input_gradient=True, gathers=g), bench.device)
+        for g in (False, True)
+    )
     x_RC, dy_RO = bench.draw(rows, inputs), bench.draw(rows, outputs)
     w_OC = bench.draw(outputs, inputs, dtype=torch.float32)
     w_OSC = w_OC.unsqueeze(1)
     mask_OC = magnitude_mask(w_OSC, TENSOR_CORES).squeeze(1)
-    half_OC = w_OC.bfloat16()
+    order_O = torch.randperm(outputs, device=bench.device)
+    masked_OC = w_OC * mask_OC
     works = {
         "weight_gradient": lambda: dy_RO.t() @ x_RC,
         "cast": w_OC.bfloat16,
         "mask_and_cast": lambda: straight_through(w_OC, mask_OC).bfloat16(),  # as T-Mask does
         "find_mask_and_cast": lambda: largest_straight_through(w_OSC, TENSOR_CORES).bfloat16(),  # as SR-STE does
-        "transpose": lambda: half_OC.t().contiguous(),
+        "both_operands": partial(both_ways, masked_OC, torch.bfloat16, None, None, fused=False),
+        "both_operands_bi_mask": partial(both_ways, masked_OC, torch.bfloat16, order_O, TENSOR_CORES, fused=False),
     }
+    if can_fuse(masked_OC, TENSOR_CORES):
+        works["both_operands_fused"] = partial(both_ways, masked_OC, torch.bfloat16, None, None, fused=True)
+        works["both_operands_bi_mask_fused"] = partial(
+            both_ways, masked_OC, torch.bfloat16, order_O, TENSOR_CORES, fused=True
+        )
     ms = {name: median_ms(work, bench.device) for name, work in works.items()}
-    found: dict[str, Any] = {"forward": asdict(forward), "input_gradient": asdict(back), "ms": ms}
-    dense = forward.dense + back.dense + ms["weight_gradient"]
+    found: dict[str, Any] = {"forward": asdict(forward), "input_gradient": asdict(back)}
+    found |= {"input_gradient_gathered": asdict(gathered), "ms": ms}
+    dense = forward.dense + back.dense + ms["weight_gradient"] + ms["cast"]
     masked = dense + ms["find_mask_and_cast"] - ms["cast"]
     found |= {"dense_ms": dense, "masked_ms": masked, "masked_speedup": dense / masked}
-    found["t_mask"] = _step(dense, forward, back, ms, back.sparse + back.prepare + ms["transpose"])
-    found["bi_mask"] = _step(dense, forward, back, ms, back.whole + ms["transpose"])
+    found["t_mask"] = _step(dense, forward, back, ms)
+    found["bi_mask"] = _step(dense, forward, gathered, ms)
     return found
 
 
-def _step(dense: float, forward: Any, back: Any, ms: dict[str, float], back_ms: float) -> dict[str, Any]:
+def _step(dense: float, forward: Timing, back: Timing, ms: dict[str, float]) -> dict[str, Any]:
     """Give what a layer's step takes with both products sparse, and with each where it wins."""
     if forward.failure or back.failure:
         return {"failure": forward.failure or back.failure}
-    step = forward.whole + back_ms + ms["weight_gradient"]
-    chosen = min(forward.whole, forward.dense) + min(back_ms, back.dense) + ms["weight_gradient"]
-    return {
-        "ms": step, "speedup": dense / step, "chosen_ms": chosen, "chosen_speedup": dense / chosen,
-        "usable": forward.usable and back.usable,
-    }  # fmt: skip
+    step = forward.whole + back.whole + ms["weight_gradient"]
+    wins = [t.wins for t in (forward, back)]
+    chosen = sum(t.whole if t.wins else t.dense for t in (forward, back)) + ms["weight_gradient"]
+    chosen += 0.0 if all(wins) else ms["cast"]
+    return {"ms": step, "speedup": dense / step, "chosen_ms": chosen, "chosen_speedup": dense / chosen, "wins": wins}
 
 
 def pair_speedup(results: dict[str, Any], method: str, which: str) -> float | None:
     """Give how many times faster the step of both of ViT-L's MLP layers is, added up from its products."""
     both = [next((r for key, r in results.items() if key.startswith(name)), None) for name in VIT_L]
-    if any(r is None or "failure" in r[method] or not r[method]["usable"] for r in both):
+    if any(r is None or "failure" in r[method] for r in both):
         return None
     return float(sum(r["dense_ms"] for r in both) / sum(r[method][which] for r in both))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import nmgraph
 from nmgraph.layers.probe import median_ms
 from nmgraph.layers.sparse_product import compress, multiply_24
+from nmgraph.nm.both_ways import both_ways, can_fuse
 from nmgraph.nm.pattern import TENSOR_CORES
 from nmgraph.nm.transposable import transposable_mask
 
@@ -28,6 +29,7 @@ def pieces(bench: Bench) -> Iterator[Piece]:
             yield f"products {outputs}x{inputs} {dtype}", partial(products, bench, outputs, inputs, dtype)
     yield "layouts", partial(layouts, bench)
     yield "rows", partial(rows, bench)
+    yield "operands' kernel", partial(operands_kernel, bench)
     yield "tile kernel", partial(tile_kernel, bench)
     yield "cutlass", partial(cutlass, bench)
     rows_of = bench.pick(12608, 12608, 16)
@@ -83,6 +85,22 @@ def rows(bench: Bench) -> dict[str, Any]:
             )
         )
         found[str(count)] = {"padded": padded, "as they are": plain}
+    return found
+
+
+def operands_kernel(bench: Bench) -> dict[str, Any]:
+    """Hold nmgraph's own kernel, which makes the operands of both products, to the passes that it replaces."""
+    found: dict[str, Any] = {}
+    for outputs, inputs in bench.pick([(4096, 1024), (1000, 272)], [(1000, 272)], [(64, 32)]):
+        w_OC = transposable(bench, outputs, inputs, torch.bfloat16).float()
+        order_O = torch.randperm(len(w_OC), device=bench.device)
+        for name, order, pattern in (("t-mask", None, None), ("bi-mask", order_O, TENSOR_CORES)):
+            made = [
+                both_ways(w_OC, torch.bfloat16, order, pattern, fused=fused)
+                for fused in (can_fuse(w_OC, pattern), False)
+            ]
+            equal = all(torch.equal(own, plain) for own, plain in zip(*made, strict=True))
+            found[f"{name} {outputs}x{inputs}"] = {"fused": can_fuse(w_OC, pattern), "equal": equal}
     return found
 
 

@@ -10,11 +10,11 @@ from bench import Bench, Piece
 
 from nmgraph.layers.hardware import Route, _make, _matrix
 from nmgraph.layers.masked import MaskedWeight, masked_weights
+from nmgraph.layers.sparse_product import compress
 from nmgraph.methods.contract import Clock
 
 TOTAL = 1_000_000
 METHODS = {"t-mask": "tmask", "bi-mask": "bimask"}
-SPARSE = Route(torch.bfloat16, 0, 0)  # both products
 
 
 def pieces(bench: Bench) -> Iterator[Piece]:
@@ -46,19 +46,24 @@ def shares(bench: Bench, name: str, blocks: int, variant: str) -> dict[str, Any]
         clock = Clock(step, TOTAL, 1e-4)
         return lambda w, i: method.update(w.raw_OSC.detach(), grads[i], kept[i], w.told.pattern, clock)
 
+    decided = [w.hardware.latest.route for w in weights]
+    # Both products are sparse here, whatever was decided; the way of making their operands is the decided one.
+    routes = [Route(torch.bfloat16, max(r.forward, 0), max(r.input_gradient, 0), r.fused) for r in decided]
     forwards = [_matrix(w, w.forward_weight()).detach() for w in weights]
+    with torch.no_grad():
+        each_made = (_make(w, f, r, True, packed=False) for w, f, r in zip(weights, forwards, routes, strict=True))
+        made = [(m.forward, m.backward) for m in each_made]
     ms = {
         "forward_mask": each(lambda w, i: w.forward_weight()),
-        "operands": each(lambda w, i: _make(w, forwards[i], SPARSE, True, packed=False)),
-        "operands_and_compression": each(lambda w, i: _make(w, forwards[i], SPARSE, True, packed=True)),
+        "compression": each(lambda w, i: [compress(t) for t in made[i]]),
+        "operands_and_compression": each(lambda w, i: _make(w, forwards[i], routes[i], True, packed=True)),
         "update": each(update(method.interval + 1)),
         "update_with_search": each(update(method.interval)),
     }
-    compression = ms["operands_and_compression"] - ms["operands"]
     search = max(0.0, ms["update_with_search"] - ms["update"])
     overhead = ms["forward_mask"] + ms["operands_and_compression"] + ms["update"] + search / method.interval
     return {
-        "blocks": blocks, "layers": len(weights), "interval": method.interval, "ms": ms, "compression_ms": compression,
-        "search_ms": search, "overhead_ms": overhead, "step_ms": step_ms, "share": overhead / step_ms,
+        "blocks": blocks, "layers": len(weights), "interval": method.interval, "ms": ms,
+        "fused": [r.fused for r in routes], "search_ms": search, "overhead_ms": overhead, "step_ms": step_ms, "share": overhead / step_ms,
         "share_without_update": (ms["forward_mask"] + ms["operands_and_compression"]) / step_ms,
     }  # fmt: skip

@@ -255,7 +255,9 @@ def test_compiled_in_one_graph(method, kernels):
 
 def test_compiled_where_dynamo_takes_every_trace_for_an_export(kernels, monkeypatch):
     model, _, _ = trained(network(), steps=1)
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_dynamo_compiling())  # as in torch 2.11
+    monkeypatch.setattr(
+        torch.compiler, "is_exporting", lambda: torch.compiler.is_dynamo_compiling()
+    )  # as in torch 2.11
     kernels.clear()
     with torch.autocast("cpu", dtype=BF16):
         torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(24, 64))
