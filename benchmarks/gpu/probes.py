@@ -34,7 +34,8 @@ def pieces(bench: Bench) -> Iterator[Piece]:
     yield "cutlass", partial(cutlass, bench)
     rows_of = bench.pick(12608, 12608, 16)
     for outputs, inputs in bench.pick([(4096, 1024), (1024, 4096), (11008, 4096)], [(4096, 1024)], [(64, 32)]):
-        yield f"algorithms {outputs}x{inputs}x{rows_of}", partial(algorithms, bench, outputs, inputs, rows_of)
+        for kind, probe in {"algorithms": algorithms, "split_k": splits}.items():
+            yield f"{kind} {outputs}x{inputs}x{rows_of}", partial(probe, bench, outputs, inputs, rows_of)
     yield "captured", partial(captured, bench)
     yield "compiled layer", partial(compiled_layer, bench)
     yield "host overhead", partial(host_overhead, bench)
@@ -137,30 +138,37 @@ def algorithms(bench: Bench, outputs: int, inputs: int, rows: int) -> dict[str, 
     """Time every algorithm that cuSPARSELt lets one choose, beside the one that its search chooses."""
     w_OC, x_RC = transposable(bench, outputs, inputs, torch.bfloat16), bench.draw(rows, inputs)
     packed, expected = compress(w_OC), F.linear(x_RC, w_OC)
-
-    def product(number: int, **split: int) -> Tensor:
-        return torch._cslt_sparse_mm(packed, x_RC.t(), transpose_result=True, alg_id=number, **split)
-
-    def timed(work: Callable[[], Tensor]) -> dict[str, Any]:
-        return {"ms": median_ms(work, bench.device), "right": relative(work(), expected) <= RIGHT}
-
     found: dict[str, Any] = {"dense_ms": median_ms(partial(F.linear, x_RC, w_OC), bench.device), "by_number": {}}
     began = time.monotonic()
     searched = answer(lambda: torch._cslt_sparse_mm_search(packed, x_RC.t(), transpose_result=True))
     found |= {"searched": searched, "search_s": time.monotonic() - began}
     full = getattr(torch._C, "_cusparselt", None)
-    if full is not None:  # algorithm, split_k, its mode, and how many algorithms there are
+    if full is not None and not bench.dry:  # algorithm, split_k, its mode, and how many algorithms there are
         found["search_in_full"] = answer(lambda: list(full.mm_search(packed, x_RC.t(), None, None, None, True)))
     for number in range(bench.pick(64, 64, 3)):
-        found["by_number"][str(number)] = timing = answer(lambda number=number: timed(partial(product, number)))
+        found["by_number"][str(number)] = timing = answer(partial(_timed, bench, packed, x_RC, expected, alg_id=number))
         if isinstance(timing, str) or bench.left < 0:
             break
-    good = searched if isinstance(searched, int) else 0
-    for parts in (2, 4):
-        for mode in (-1, 0, 1):
-            split = {"split_k": parts, "split_k_mode": mode}
-            found[f"split_k {parts}, mode {mode}"] = answer(lambda split=split: timed(partial(product, good, **split)))
     return found
+
+
+def splits(bench: Bench, outputs: int, inputs: int, rows: int) -> dict[str, Any]:
+    """Time the sum cut into parts, in each of cuSPARSELt's modes."""
+    w_OC, x_RC = transposable(bench, outputs, inputs, torch.bfloat16), bench.draw(rows, inputs)
+    packed, expected = compress(w_OC), F.linear(x_RC, w_OC)
+    return {
+        f"{parts}, mode {mode}": answer(
+            partial(_timed, bench, packed, x_RC, expected, alg_id=0, split_k=parts, split_k_mode=mode)
+        )
+        for parts in (1, 2, 4)
+        for mode in (-1, 0, 1)
+    }
+
+
+def _timed(bench: Bench, packed: Tensor, x_RC: Tensor, expected: Tensor, **options: int) -> dict[str, Any]:
+    work = partial(torch._cslt_sparse_mm, packed, x_RC.t(), transpose_result=True, **options)
+    right = relative(work(), expected) <= RIGHT
+    return {"ms": median_ms(work, bench.device), "right": right}
 
 
 def captured(bench: Bench) -> dict[str, Any]:
