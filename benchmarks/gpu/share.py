@@ -19,7 +19,7 @@ METHODS = {"t-mask": "tmask", "bi-mask": "bimask"}
 
 def pieces(bench: Bench) -> Iterator[Piece]:
     steps.compile_masks(bench)
-    for model, blocks in (("vit_l", bench.pick(4, 2, 1)), ("llama", 1)):
+    for model, blocks in (("vit_l", bench.pick(4, 2, 1)), ("llama", 1))[: 1 if bench.quick else None]:
         for variant in METHODS:
             yield f"{model}, {variant}", partial(shares, bench, model, blocks, variant)
 
