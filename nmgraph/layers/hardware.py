@@ -272,7 +272,8 @@ def _make(weight: MaskedWeight, w_OC: Tensor | None, route: Route, both: bool, *
     if packed:
         forward = forward if route.forward == DENSE else compress(forward)
         backward = backward if backward is None or route.input_gradient == DENSE else compress(backward)
-    return Operands(forward, route.forward, backward, route.input_gradient, order)
+    # A copy, as DDP writes into buffers at every forward, also between one and its backward.
+    return Operands(forward, route.forward, backward, route.input_gradient, None if order is None else order.clone())
 
 
 @torch.no_grad()
