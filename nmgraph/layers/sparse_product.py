@@ -53,21 +53,23 @@ def compress(w_OC: Tensor) -> Tensor:
 
 @torch.library.custom_op("nmgraph::multiply_24", mutates_args=())
 def multiply_24(weight: Tensor, x_RC: Tensor, bias_O: Tensor | None, outputs: int, algorithm: int) -> Tensor:
-    """Compute ``x Wᵀ + b`` by a 2:4 weight; ``[R, O]``.
+    """Compute ``x Wᵀ + b`` by a 2:4 weight; ``[R, O]``. It has no gradient, and refuses to be asked for one.
 
     Args:
         weight: ``[O, C]``, or what :func:`compress` made of it.
         x_RC: contiguous, of the weight's dtype.
         bias_O: of the same dtype.
         outputs: O.
-        algorithm: cuSPARSELt's number.
+        algorithm: cuSPARSELt's number; ``DENSE`` multiplies by any ``[O, C]`` without it.
     """
+    if algorithm == DENSE:
+        return F.linear(x_RC, weight, bias_O)
     packed = compress(weight) if weight.numel() == outputs * x_RC.shape[1] else weight
     rows = x_RC.shape[0]
     if rows % _ROWS:
         x_RC = F.pad(x_RC, (0, 0, 0, -rows % _ROWS))
     y_RO = torch._cslt_sparse_mm(packed, x_RC.t(), bias_O, transpose_result=True, alg_id=algorithm)
-    found: Tensor = y_RO[:rows]
+    found: Tensor = y_RO.resize_(rows, outputs)  # a view could not be changed in place by the activation that follows
     return found
 
 
@@ -109,7 +111,7 @@ class _Multiply(torch.autograd.Function):
         dx_RC = dw_OC = db_O = None
         if ctx.needs_input_grad[0]:
             if ctx.algorithm == DENSE:
-                dx_RC = dy_RO @ weight
+                dx_RC = multiply_24(weight.t(), dy_RO, None, x_RC.shape[1], DENSE)
             else:
                 dyp_RO = dy_RO.contiguous() if order is None else dy_RO.index_select(1, order)
                 dx_RC = multiply_24(weight, dyp_RO, None, x_RC.shape[1], ctx.algorithm)
