@@ -93,7 +93,9 @@ class Timing:
 
     def __post_init__(self) -> None:
         times = self.dense, self.sparse, self.gather, self.prepare, self.error
-        if not all(isinstance(t, float) and 0.0 <= t < math.inf for t in times) or type(self.algorithm) is not int:
+        measured = all(isinstance(t, float) and 0.0 <= t < math.inf for t in times) and self.error <= _TOLERANCE
+        numbered = type(self.algorithm) is int and 0 <= self.algorithm < 1 << 31
+        if not (measured and numbered and isinstance(self.failure, str)):
             raise ValueError(f"{self} is no timing")
 
     @property
@@ -132,7 +134,7 @@ def _timing_of(product: Product, device: str) -> Timing:
         kept = json.loads(path.read_text())
         if kept.keys() == {field.name for field in fields(Timing)}:
             return Timing(**kept)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         pass  # not there yet, or not ours: it is measured, and written anew
     found = measure(product, torch.device(device))
     try:
