@@ -221,10 +221,13 @@ def fusing_pays(w_OC: Tensor, dtype: torch.dtype, order_O: Tensor | None, patter
     """Tell whether one kernel makes both operands of a weight faster than several; timed once per kind."""
     kind = tuple(w_OC.shape), w_OC.stride(), w_OC.dtype, dtype, order_O is None, pattern, w_OC.device
     if kind not in _fusing:
-        times = [
-            median_ms(partial(both_ways, w_OC, dtype, order_O, pattern, fused=fused), w_OC.device)
-            for fused in ([True, False] if can_fuse(w_OC, pattern) else [False])
-        ]
+        try:
+            times = [
+                median_ms(partial(both_ways, w_OC, dtype, order_O, pattern, fused=fused), w_OC.device)
+                for fused in ([True, False] if can_fuse(w_OC, pattern) else [False])
+            ]
+        except torch.OutOfMemoryError:
+            return False
         _fusing[kind] = times[0] < times[-1]
     return _fusing[kind]
 

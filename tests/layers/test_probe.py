@@ -152,6 +152,16 @@ def test_want_of_memory_is_not_remembered(cache, monkeypatch):
     assert timing_of(PRODUCT, CPU).wins
 
 
+def test_want_of_memory_leaves_operands_to_several_kernels_for_now(monkeypatch):
+    def full(work, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(probe, "median_ms", full)
+    kept = dict(probe._fusing)
+    assert not probe.fusing_pays(torch.randn(48, 80), torch.float16, None, None)
+    assert probe._fusing == kept
+
+
 def test_a_search_for_an_algorithm_that_runs_out_of_memory_is_not_a_failure_of_the_kernel(cache, monkeypatch):
     def full(weight):
         raise torch.OutOfMemoryError("CUDA out of memory")
