@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nmgraph.compilation import is_exporting, is_plain
@@ -83,7 +85,7 @@ class Hardware:
         mode: ``auto``, or ``force`` to use them also where they do not pay.
         is_open: whether a controller stands by that the weight is 2:4.
         decisions: of calls seen, by rows, rounded up to a power of two, 65,536 at most, and dtype.
-        latest: the last one; until there is a call, one for the usual number of rows. Compiled code takes it.
+        latest: the last one on this device; until there is a call, one for the usual number of rows. Compiled code takes it.
     """
 
     def __init__(self, mode: str) -> None:
@@ -91,6 +93,7 @@ class Hardware:
         self.is_open = False
         self.decisions: dict[tuple[int, torch.dtype], Decision] = {}
         self.latest: Decision | None = None
+        self._device: torch.device | None = None  # of what was decided
         self._kept: tuple[nn.Parameter, tuple[Any, ...], Operands] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -105,9 +108,12 @@ class Hardware:
         """Make the operands anew next time."""
         self._kept = None
 
-    def decide(self, weight: MaskedWeight, rows: int, dtype: torch.dtype) -> Route:
-        """Decide for a kind of call; at the first of its kind both products are timed."""
-        rows = _rounded(rows)
+    def decide(self, weight: MaskedWeight, rows: int, dtype: torch.dtype) -> Route | None:
+        """Decide for a kind of call; at the first of its kind both products are timed. None where there are no kernels."""
+        device, rows = weight.raw.device, _rounded(rows)
+        if not _has_kernels(device.type):
+            return None
+        self._move(device)
         found = self.decisions.get((rows, dtype))
         if found is None:
             found = self.decisions[rows, dtype] = _decide(weight, rows, dtype, self.mode == "force")
@@ -117,9 +123,20 @@ class Hardware:
     def expect(self, weight: MaskedWeight) -> None:
         """Decide for calls of the usual size, for code that is compiled before it has run."""
         raw = weight.raw
+        self._move(raw.device)
         if self.latest is None and _has_kernels(raw.device.type):
             dtype = raw.dtype if raw.dtype in _HALVES else torch.bfloat16
             self.latest = _decide(weight, _USUAL_ROWS, dtype, self.mode == "force")
+
+    def expected(self, device: torch.device) -> Route | None:
+        """Give the latest route, where nothing can be timed; None if there is none for a device."""
+        return self.latest.route if self.latest is not None and self._device == device else None
+
+    def _move(self, device: torch.device) -> None:
+        """Forget what was decided on another device."""
+        if self._device != device:
+            self._device, self.latest = device, None
+            self.decisions.clear()
 
     def operands(self, weight: MaskedWeight, w_OC: Tensor | None, route: Route, both: bool) -> Operands:
         """Give what the products multiply by: kept from an earlier call since the optimizer's last step, or made now."""
@@ -128,7 +145,9 @@ class Hardware:
             return _make(weight, w_OC, route, both, packed=False)
         if not isinstance(raw, nn.Parameter):  # called with other weights, through torch.func
             return _make(weight, w_OC, route, both, packed=True)
-        key = (_optimizer_steps(), raw._version, raw.data_ptr(), both, *route)
+        # Held weakly, no other storage can come to lie where this one lay.
+        place = StorageWeakRef(raw.untyped_storage()), raw.data_ptr()  # type: ignore[no-untyped-call]
+        key = (_optimizer_steps(), raw._version, *place, both, *route)
         kept = self._kept
         if kept is None or kept[0] is not raw or kept[1] != key:
             kept = self._kept = raw, key, _make(weight, w_OC, route, both, packed=True)
@@ -178,13 +197,13 @@ def follow(weight: MaskedWeight, claimed: bool) -> None:
         claimed: whether its method says that all blocks keep N at most from now on.
     """
     hardware = weight.hardware
-    if hardware is None or hardware.is_open == claimed:
+    if hardware is None:
         return
-    hardware.close()
-    if not claimed or is_sharded(weight.raw) or not _is_24(weight):
-        return
-    hardware.is_open = True
-    hardware.expect(weight)
+    if hardware.is_open != claimed:
+        hardware.close()
+        hardware.is_open = claimed and not is_sharded(weight.raw) and _is_24(weight)
+    if hardware.is_open:
+        hardware.expect(weight)
 
 
 def product(weight: MaskedWeight, x: Tensor, *rest: Any) -> Tensor | None:
@@ -192,15 +211,12 @@ def product(weight: MaskedWeight, x: Tensor, *rest: Any) -> Tensor | None:
     hardware, layer = weight.hardware, weight.layer
     if hardware is None or not hardware.is_open or not layer.training or rest:
         return None
-    device, compiling = x.device.type, torch.compiler.is_compiling()
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if dtype not in _HALVES or is_exporting() or not (compiling or is_plain(x)):
+    dtype = _dtype(weight.raw, x) if _is_ordinary(x) else None
+    rows = None if dtype is None else _as_rows(layer, x)
+    if dtype is None or rows is None:
         return None
-    rows = _as_rows(layer, x)
-    if rows is None:
-        return None
-    if compiling or _is_captured(x):  # nothing can be timed now
-        route = None if hardware.latest is None else hardware.latest.route
+    if torch.compiler.is_compiling() or _is_captured(x):  # nothing can be timed now
+        route = hardware.expected(x.device)
     else:
         route = hardware.decide(weight, math.prod(rows.shape[:-1]), dtype)
     if route is None or not route.is_sparse or route.dtype != dtype:
@@ -214,6 +230,26 @@ def product(weight: MaskedWeight, x: Tensor, *rest: Any) -> Tensor | None:
     y_RO = multiply(x_RC, _matrix(weight, weight.raw) if w_OC is None else w_OC, layer.bias, operands)  # type: ignore[arg-type]
     y = y_RO.reshape(*rows.shape[:-1], y_RO.shape[-1])
     return y.movedim(-1, 1) if _is_convolution(layer) else y
+
+
+def _is_ordinary(x: Any) -> bool:
+    """Tell whether an input is a tensor with memory, and nobody looks on who could not follow the products."""
+    if not isinstance(x, Tensor) or x.is_nested or is_exporting():
+        return False
+    if torch.compiler.is_compiling():
+        return not torch._C._are_functorch_transforms_active()
+    return is_plain(x) and torch._C._get_tracing_state() is None and forward_ad._current_level < 0
+
+
+def _dtype(raw: Tensor, x: Tensor) -> torch.dtype | None:
+    """Give the half precision in which the layer's own forward would multiply; None where it is another one, or refused."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        taken = {x.dtype, raw.dtype} <= {torch.float32, *_HALVES}  # autocast leaves float64 as it is
+        dtype = torch.get_autocast_dtype(device) if taken else None
+    else:
+        dtype = x.dtype if x.dtype == raw.dtype else None
+    return dtype if dtype in _HALVES else None
 
 
 def _as_rows(layer: Any, x: Tensor) -> Tensor | None:

@@ -94,7 +94,9 @@ class Timing:
 
     def __post_init__(self) -> None:
         times = self.dense, self.sparse, self.gather, self.prepare, self.error
-        if not all(isinstance(t, float) and 0.0 <= t < math.inf for t in times) or type(self.algorithm) is not int:
+        measured = all(isinstance(t, float) and 0.0 <= t < math.inf for t in times) and self.error <= _TOLERANCE
+        numbered = type(self.algorithm) is int and 0 <= self.algorithm < 1 << 31
+        if not (measured and numbered and isinstance(self.failure, str)):
             raise ValueError(f"{self} is no timing")
 
     @property
@@ -133,7 +135,7 @@ def _timing_of(product: Product, device: str) -> Timing:
         kept = json.loads(path.read_text())
         if kept.keys() == {field.name for field in fields(Timing)}:
             return Timing(**kept)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         pass  # not there yet, or not ours: it is measured, and written anew
     found = measure(product, torch.device(device))
     try:
@@ -235,10 +237,13 @@ def fusing_pays(w_OC: Tensor, dtype: torch.dtype, order_O: Tensor | None, patter
         return False
     kind = tuple(w_OC.shape), w_OC.stride(), w_OC.dtype, dtype, order_O is None, pattern, w_OC.device
     if kind not in _fusing:
-        times = [
-            median_ms(partial(both_ways, w_OC, dtype, order_O, pattern, fused=fused), w_OC.device)
-            for fused in (True, False)
-        ]
+        try:
+            times = [
+                median_ms(partial(both_ways, w_OC, dtype, order_O, pattern, fused=fused), w_OC.device)
+                for fused in (True, False)
+            ]
+        except torch.OutOfMemoryError:
+            return False
         _fusing[kind] = times[0] < times[1]
     return _fusing[kind]
 

@@ -53,15 +53,17 @@ def compress(w_OC: Tensor) -> Tensor:
 
 @torch.library.custom_op("nmgraph::multiply_24", mutates_args=())
 def multiply_24(weight: Tensor, x_RC: Tensor, bias_O: Tensor | None, outputs: int, algorithm: int) -> Tensor:
-    """Compute ``x Wᵀ + b`` by a 2:4 weight; ``[R, O]``.
+    """Compute ``x Wᵀ + b`` by a 2:4 weight; ``[R, O]``. It has no gradient, and refuses to be asked for one.
 
     Args:
         weight: ``[O, C]``, or what :func:`compress` made of it.
         x_RC: contiguous, of the weight's dtype.
         bias_O: of the same dtype.
         outputs: O.
-        algorithm: cuSPARSELt's number.
+        algorithm: cuSPARSELt's number; ``DENSE`` multiplies by any ``[O, C]`` without it.
     """
+    if algorithm == DENSE:
+        return F.linear(x_RC, weight, bias_O)
     packed = compress(weight) if weight.numel() == outputs * x_RC.shape[1] else weight
     rows, over = x_RC.shape[0], -x_RC.shape[0] % _ROWS
     if over:
@@ -108,7 +110,7 @@ class _Multiply(torch.autograd.Function):
         dx_RC = dw_OC = db_O = None
         if ctx.needs_input_grad[0]:
             if ctx.algorithm == DENSE:
-                dx_RC = dy_RO @ weight
+                dx_RC = multiply_24(weight.t(), dy_RO, None, x_RC.shape[1], DENSE)
             else:
                 dyp_RO = dy_RO.contiguous() if order is None else dy_RO.index_select(1, order)
                 dx_RC = multiply_24(weight, dyp_RO, None, x_RC.shape[1], ctx.algorithm)

@@ -152,9 +152,9 @@ def report_hardware(model: nn.Module) -> HardwareReport:
 def _entries(name: str, weight: MaskedWeight) -> list[LayerHardware]:
     outputs, _, inputs = weight.raw_OSC.shape
     shape = outputs, inputs
-    hardware = weight.hardware
-    if hardware is None:
-        reason = obstacle(weight) or missing() or _small(weight) or _TOLD
+    hardware, lacking = weight.hardware, missing()
+    if hardware is None or lacking:  # it may come from a machine that has them
+        reason = obstacle(weight) or lacking or _small(weight) or _TOLD
         return [LayerHardware(name, tuple(weight.raw.shape), reason=reason)]
     if not hardware.is_open:
         attached = weight.site in weight.training.attached

@@ -11,10 +11,12 @@ import torch._dynamo.testing
 from handles import nm
 from ranks import on_ranks
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import nmgraph
+from nmgraph.layers import hardware as accelerated
 from nmgraph.layers import probe
 from nmgraph.layers.sparse_product import DENSE
 from nmgraph.passes import hardware
@@ -128,7 +130,9 @@ def test_weights_are_compressed_once_a_step_whatever_the_micro_batches(micro, ke
     assert sum(call[0] == "multiply" for call in kernels) == 2 * 3 * micro
 
 
-@pytest.mark.parametrize("change", ["in place", "by .data", "by load_state_dict", "fused step", "cast"])
+@pytest.mark.parametrize(
+    "change", ["in place", "by .data", "by .data, again and again", "by load_state_dict", "fused step", "cast"]
+)
 def test_a_changed_weight_is_never_multiplied_by_as_it_was(change):
     model, _, _ = trained(network(), "tmask", steps=1)
     optimizer = torch.optim.SGD(model.parameters(), 0.5, fused=True)
@@ -145,6 +149,12 @@ def test_a_changed_weight_is_never_multiplied_by_as_it_was(change):
             weight.mul_(2)
     elif change == "by .data":
         weight.data = weight.data * 2
+    elif change == "by .data, again and again":
+        place = weight.data_ptr()
+        for _ in range(20):  # memory that was freed is taken again
+            weight.data = weight.data * 2
+            if weight.data_ptr() == place:
+                break
     elif change == "by load_state_dict":
         model.load_state_dict({key: t * 2 if key == "0.weight" else t for key, t in model.state_dict().items()})
         train(model, torch.optim.SGD(model.parameters(), 0.0), 1)
@@ -285,6 +295,154 @@ def test_blocks_that_are_alike_are_compiled_once():
     with torch.autocast("cpu", dtype=BF16):
         model(torch.randn(8, 64, dtype=BF16, requires_grad=True))
     assert counter.frame_count == 1
+
+
+class Descent(torch.optim.Optimizer):
+    """Evaluates its closure several times a step, and writes through .data between, as some line searches do."""
+
+    def step(self, closure):
+        with torch.enable_grad():
+            losses = [closure() for _ in range(3) if not self.descend()]
+        return losses[-1]
+
+    def descend(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.data.sub_(self.defaults["lr"] * p.grad)
+
+
+def test_an_optimizer_that_evaluates_its_closure_several_times_sees_the_weights_as_they_are():
+    found = []
+    for mode in ("force", "off"):
+        model = nmgraph.convert(network(), method="tmask", hardware=mode)
+        optimizer = Descent(model.parameters(), {"lr": 5.0})
+        nmgraph.attach(model, optimizer, total_steps=10)
+        losses, x = [], torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+
+        def closure(model=model, optimizer=optimizer, losses=losses, x=x):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=BF16):
+                loss = model(x).float().square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        optimizer.step(closure)
+        optimizer.step(closure)
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["lbc", "maxq"])
+@pytest.mark.parametrize("pattern", ["1:3", "2:8", "1:32"])
+def test_masks_that_become_sparser_than_2_4_are_used_whatever_a_share_is_rounded_to(method, pattern):
+    model = nmgraph.convert(nn.Sequential(nn.Linear(96, 32)), method=method, pattern=pattern, hardware="force")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    nmgraph.attach(model, optimizer, total_steps=4)
+    train(model, optimizer, 4, inputs=(8, 96))
+    assert nm(model[0]).hardware.is_open
+
+
+@pytest.mark.parametrize("method", ["tmask", "bimask", "srste"])
+@pytest.mark.parametrize("shape", [(24, 64), (7, 64), (3, 5, 64), (2, 64, 3, 5)], ids=str)
+def test_what_it_gives_may_be_changed_in_place(method, shape, kernels):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32) if len(shape) < 4 else nn.Conv2d(64, 32, 1)
+    model, _, _ = trained(nn.Sequential(layer, nn.ReLU(inplace=True)), method, steps=0)
+    x = torch.randn(shape)
+    x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+    kernels.clear()
+    found = []
+    for each in (model, copy_without_hardware(model)):
+        x.grad = None
+        x.requires_grad_()
+        with torch.autocast("cpu", dtype=BF16):
+            y = each(x)
+        y.float().square().mean().backward()
+        found.append([y, x.grad, *(p.grad for p in each.parameters())])
+    assert any(call[0] == "multiply" for call in kernels)
+    assert_same(found[:1], found[1:], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64, BF16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.float64, BF16, torch.float16, torch.int64, torch.complex64])
+@pytest.mark.parametrize("autocast", [None, BF16, torch.float16])
+def test_what_its_own_forward_would_not_multiply_in_half_precision_it_refuses_or_computes_alike(kept, given, autocast):
+    model, _, _ = trained(nn.Sequential(nn.Linear(64, 32)).to(kept), "srste", steps=0)
+    x, found = torch.randint(-3, 4, (8, 64)).to(given), []
+    for each in (model, copy_without_hardware(model)):
+        try:
+            with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                y = each(x)
+            y.float().sum().backward()
+            found.append([y, *(p.grad for p in each.parameters())])
+        except RuntimeError as refused:
+            found.append(str(refused))
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:
+        assert_same(found[:1], found[1:], rtol=0.02, atol=0.02)
+
+
+def test_a_gradient_of_a_gradient_is_never_wrong():
+    model, _, _ = trained(network(), "srste", steps=0)  # whose input gradient multiplies by a dense operand
+    x = torch.randn(8, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=BF16):
+        y = model(x)
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='hardware="off"'):
+        dx.square().sum().backward()
+
+
+def test_nested_tensors_and_forward_mode_fall_back(kernels):
+    model, _, _ = trained(network(), steps=0)
+    reference, x = copy_without_hardware(model), torch.randn(3, 64)
+    kernels.clear()
+    with torch.autocast("cpu", dtype=BF16):
+        ours, theirs = (m(torch.nested.nested_tensor([x, x[:2]])) for m in (model, reference))
+        assert all(torch.equal(a, b) for a, b in zip(ours.unbind(), theirs.unbind(), strict=True))
+        with forward_ad.dual_level():
+            ours, theirs = (forward_ad.unpack_dual(m(forward_ad.make_dual(x, x))) for m in (model, reference))
+            assert torch.equal(ours.tangent, theirs.tangent)
+    assert not kernels
+
+
+class _Through(torch.fx.Tracer):
+    def is_leaf_module(self, *_):
+        return False
+
+
+@pytest.mark.parametrize("trace", [lambda model, x: torch.jit.trace(model, x, check_trace=False), lambda model, x: torch.export.export(model, (x,)).module(),
+    lambda model, x: torch.fx.GraphModule(model, _Through().trace(model))], ids=["jit", "export", "fx"])  # fmt: skip
+def test_what_traces_a_model_in_training_sees_an_ordinary_layer(trace, kernels):
+    model, _, _ = trained(nn.Sequential(nn.Linear(64, 32)).to(BF16), steps=0)
+    x = torch.randn(8, 64, dtype=BF16)
+    expected = copy_without_hardware(model)(x)
+    kernels.clear()
+    graph = trace(model, x)
+    assert not kernels
+    assert torch.equal(graph(x), expected)
+
+
+def test_transforms_inside_of_compiled_code_fall_back(kernels):
+    model, _, _ = trained(network().to(BF16), steps=0)
+    x = torch.randn(8, 64, dtype=BF16)
+    kernels.clear()
+    gradient = torch.func.grad(lambda x: model(x).float().square().sum())
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(x), gradient(x))
+    assert not kernels
+
+
+def test_where_there_are_no_kernels_nothing_is_timed_and_layers_are_ordinary(kernels, monkeypatch):
+    model, _, _ = trained(network(), steps=1)
+    again = pickle.loads(pickle.dumps(model))
+    nmgraph.attach(again, torch.optim.SGD(again.parameters(), 0.1), total_steps=10)
+    # As after model.cpu(), or where a model from a GPU is loaded without one.
+    monkeypatch.setattr(accelerated, "_has_kernels", lambda device: False)
+    monkeypatch.setattr(probe, "measure", lambda *_: pytest.fail("a product was timed"))
+    kernels.clear()
+    for each in (model, again):
+        train(each, torch.optim.SGD(each.parameters(), 0.0), 1)
+    assert not kernels
 
 
 def test_copies_and_pickles_go_on(kernels):

@@ -129,6 +129,11 @@ def test_timings_are_kept_for_the_next_process(cache, measured):
         '{"dense": "fast"}',
         "\x00\xff",
         json.dumps({**vars(Timing(1.0, 0.5)), "sparse": -1.0}),
+        json.dumps({**vars(Timing(1.0, 0.5)), "algorithm": -1}),
+        json.dumps({**vars(Timing(1.0, 0.5)), "algorithm": 10**30}),
+        json.dumps({**vars(Timing(1.0, 0.5)), "error": 0.9}),
+        json.dumps({**vars(Timing(1.0, 0.5)), "failure": 3}),
+        "[" * 100_000,
         '{"dense": NaN}',
         '{"dense": 1.0}',
     ],
@@ -161,6 +166,16 @@ def test_want_of_memory_is_not_remembered(cache, monkeypatch):
     assert not files(cache)
     monkeypatch.setattr(probe, "measure", lambda *_: Timing(1.0, 0.5))
     assert timing_of(PRODUCT, CPU).wins
+
+
+def test_want_of_memory_leaves_operands_to_several_kernels_for_now(monkeypatch):
+    def full(work, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(probe, "median_ms", full)
+    kept = dict(probe._fusing)
+    assert not probe.fusing_pays(torch.randn(48, 80), torch.float16, None, None)
+    assert probe._fusing == kept
 
 
 def test_a_search_for_an_algorithm_that_runs_out_of_memory_is_not_a_failure_of_the_kernel(cache, monkeypatch):

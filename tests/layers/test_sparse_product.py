@@ -104,6 +104,7 @@ def test_the_operator_keeps_torchs_rules_for_operators():
     for weight in (w, compress(w)):
         torch.library.opcheck(multiply_24, (weight, x, b, 32, 0), test_utils=checks)
         torch.library.opcheck(multiply_24, (weight, x, None, 32, 0), test_utils=checks)
+    torch.library.opcheck(multiply_24, (w.t().contiguous().t(), x, b, 32, DENSE), test_utils=checks)
 
 
 def test_shapes_are_known_on_the_meta_device():

@@ -1,5 +1,6 @@
 """What may train on sparse tensor cores, and what is said of it."""
 
+import pickle
 from io import StringIO
 
 import pytest
@@ -101,6 +102,15 @@ class Doubled(nn.Linear):
 def test_a_layer_with_a_forward_of_its_own_keeps_it(kernels):
     model = nmgraph.convert(nn.Sequential(Doubled(32, 32)), method="srste", hardware="force")
     assert reasons(model) == {"0": "Doubled has a forward of its own"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is what it is about")
+def test_a_model_from_a_gpu_that_is_trained_without_one_says_so():
+    with stand_in.kernels():
+        pickled = pickle.dumps(nmgraph.convert(nn.Sequential(nn.Linear(32, 32)), method="tmask", hardware="force"))
+    model = pickle.loads(pickled)
+    nmgraph.attach(model, torch.optim.SGD(model.parameters(), 0.01), total_steps=4)
+    assert reasons(model) == {"0": "torch sees no NVIDIA GPU"}
 
 
 def test_masks_that_are_not_2_4_yet_are_said(kernels):
