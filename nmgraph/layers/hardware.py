@@ -127,9 +127,10 @@ class Hardware:
         raw = weight.raw
         if not isinstance(raw, nn.Parameter):  # called with other weights, through torch.func
             return _make(weight, w_OC, route, both, packed=True)
-        key = (_optimizer_steps(), raw._version, raw.data_ptr(), both, *route)
+        key = (_optimizer_steps(), raw._version, raw.data_ptr(), *route)
         kept = self._kept
-        if kept is None or kept[0] is not raw or kept[1] != key:
+        # Reentrant checkpointing asks for the forward one alone, and for both, in turns.
+        if kept is None or kept[0] is not raw or kept[1] != key or (both and kept[2].backward is None):
             kept = self._kept = raw, key, _make(weight, w_OC, route, both, packed=True)
         return kept[2]
 

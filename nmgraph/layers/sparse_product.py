@@ -66,9 +66,9 @@ def multiply_24(weight: Tensor, x_RC: Tensor, bias_O: Tensor | None, outputs: in
     rows = x_RC.shape[0]
     if rows % _ROWS:
         x_RC = F.pad(x_RC, (0, 0, 0, -rows % _ROWS))
-    y_RO = torch._cslt_sparse_mm(packed, x_RC.t(), bias_O, transpose_result=True, alg_id=algorithm)
-    found: Tensor = y_RO[:rows]
-    return found
+    y_RO: Tensor = torch._cslt_sparse_mm(packed, x_RC.t(), bias_O, transpose_result=True, alg_id=algorithm)
+    # No view, which an activation in place could not change.
+    return y_RO[:rows].clone() if rows % _ROWS else y_RO
 
 
 @multiply_24.register_fake
