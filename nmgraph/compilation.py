@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from nmgraph.errors import NMGraphError, first_line
 
@@ -51,7 +53,8 @@ def is_plain(*tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_inference_mode_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
+        # A default device is a mode, too, which minds only where new tensors are made.
+        and all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 

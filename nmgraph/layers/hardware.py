@@ -147,9 +147,10 @@ class Hardware:
             return _make(weight, w_OC, route, both, packed=True)
         # Held weakly, no other storage can come to lie where this one lay.
         place = StorageWeakRef(raw.untyped_storage()), raw.data_ptr()  # type: ignore[no-untyped-call]
-        key = (_optimizer_steps(), raw._version, *place, both, *route)
+        key = (_optimizer_steps(), raw._version, *place, *route)
         kept = self._kept
-        if kept is None or kept[0] is not raw or kept[1] != key:
+        # Reentrant checkpointing asks for the forward one alone, and for both, in turns.
+        if kept is None or kept[0] is not raw or kept[1] != key or (both and kept[2].backward is None):
             kept = self._kept = raw, key, _make(weight, w_OC, route, both, packed=True)
         return kept[2]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.markup import escape
@@ -17,6 +17,7 @@ from nmgraph.layers.sparse_product import DENSE
 
 _TOLD = 'it was converted with hardware="off", or where no sparse tensor cores were'
 _FEW = 1 << 16  # of so many weights a dense product takes less time than a sparse one takes to start
+_UNCALLED = "no call in half precision was seen; compiled code, and attention that reads its weight, are not seen"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class LayerHardware:
         dtype: of the products.
         forward: ``Y = X Wᵀ``.
         input_gradient: ``dX = dY W``; None where it was not timed.
-        reason: why nothing was decided.
+        reason: why nothing was decided, or what was decided is not known to be used.
     """
 
     name: str
@@ -66,6 +67,11 @@ class LayerHardware:
     forward: ProductSpeed | None = None
     input_gradient: ProductSpeed | None = None
     reason: str = ""
+
+    @property
+    def is_sparse(self) -> bool:
+        """Tell whether some product was decided to be sparse."""
+        return any(p is not None and p.sparse for p in (self.forward, self.input_gradient))
 
     @property
     def gain(self) -> float:
@@ -83,12 +89,13 @@ class HardwareReport:
 
     @property
     def sparse(self) -> tuple[LayerHardware, ...]:
-        """Layers of which some product is sparse."""
-        return tuple(
-            layer
-            for layer in self.layers
-            if any(p is not None and p.sparse for p in (layer.forward, layer.input_gradient))
-        )
+        """Layers of which some product is sparse in the calls that were seen."""
+        return tuple(layer for layer in self.layers if layer.is_sparse and not layer.reason)
+
+    @property
+    def expected(self) -> tuple[LayerHardware, ...]:
+        """Layers of which some product is sparse if compiled code calls them; no other call was seen."""
+        return tuple(layer for layer in self.layers if layer.is_sparse and layer.reason)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
@@ -96,10 +103,9 @@ class HardwareReport:
         return {"layers": layers}
 
     def __str__(self) -> str:
-        names = {layer.name for layer in self.layers}
-        return (
-            f"{len({layer.name for layer in self.sparse})} of {len(names)} sparse layers train on sparse tensor cores"
-        )
+        seen, expected, whole = ({layer.name for layer in of} for of in (self.sparse, self.expected, self.layers))
+        more = f", and {len(expected)} more if compiled code calls them" if expected else ""
+        return f"{len(seen)} of {len(whole)} sparse layers train on sparse tensor cores{more}"
 
     def __rich__(self) -> Table:
         table = Table(title=str(self), title_justify="left", header_style="bold")
@@ -160,10 +166,11 @@ def _entries(name: str, weight: MaskedWeight) -> list[LayerHardware]:
         attached = weight.site in weight.training.attached
         reason = "its masks are not 2:4 yet" if attached else "no optimizer is attached"
         return [LayerHardware(name, shape, reason=reason)]
-    decided = list(hardware.decisions.values()) or [d for d in [hardware.latest] if d is not None]
-    if not decided:
-        return [LayerHardware(name, shape, reason="it was not called in half precision yet")]
-    return [_entry(name, shape, decision) for decision in decided]
+    if hardware.decisions:
+        return [_entry(name, shape, decision) for decision in hardware.decisions.values()]
+    if hardware.latest is None:
+        return [LayerHardware(name, shape, reason=_UNCALLED)]
+    return [replace(_entry(name, shape, hardware.latest), reason=_UNCALLED)]
 
 
 def _entry(name: str, shape: tuple[int, ...], decision: Decision) -> LayerHardware:
