@@ -32,9 +32,9 @@ def test_the_shortest_recipe_is_what_convert_does_anyway(tmp_path):
     assert given == {name: usual[name] or None for name in given}
 
 
-def test_a_recipe_has_all_that_convert_takes_but_inputs_and_objects():
+def test_a_recipe_has_all_that_convert_takes_but_inputs_objects_and_what_is_the_machines():
     taken = inspect.signature(nmgraph.convert).parameters.keys()
-    left_away = {"model", "example_inputs", "tracer", "concrete_args", "progress", "method_options"}
+    left_away = {"model", "example_inputs", "tracer", "concrete_args", "progress", "method_options", "hardware"}
     assert RecipeFile().arguments().keys() == taken - left_away
 
 
