@@ -114,8 +114,8 @@ def convert(
         mode: ``"auto"`` changes layers in place; ``"graph"`` returns a whole ``torch.fx.GraphModule`` that shares
             the model's parameters, and leaves the model itself as it was.
         hardware: ``"auto"`` trains layers on sparse tensor cores where these are faster, in half precision, on a GPU
-            that has them; ``"off"`` multiplies by masked weights, ``"force"`` never where it can be helped.
-            ``nmgraph.hardware(model)`` says what was chosen.
+            that has them; ``"force"`` wherever it is possible, faster or not, and is an error where there are none;
+            ``"off"`` nowhere. ``nmgraph.hardware(model)`` says what was chosen. Files do not hold it: ``load`` asks again.
         tracer: a tracer of your own for the model as a whole, such as one with other leaves.
         concrete_args: arguments of the forward to fix while tracing, as ``torch.fx.symbolic_trace`` takes them.
         progress: called with what begins.

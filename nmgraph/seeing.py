@@ -85,8 +85,10 @@ def hardware(model: nn.Module) -> HardwareReport:
             known; print the report after the first steps.
 
     Raises:
-        ConversionError: if the model is not converted.
+        ConversionError: if the model was not converted.
     """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"a {type(model).__name__} is no module. Give the converted model.")
     model = unwrapped(model)
     require_manifest(model)
     return report_hardware(model)

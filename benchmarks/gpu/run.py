@@ -61,10 +61,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of packages that are not installed here")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny, with a stand-in for the kernels")
     args = parser.parse_args()
-    args.only = args.only.split(",") if args.only else list(SECTIONS)
+    args.only = list(SECTIONS) if args.only is None else args.only.split(",")
     unknown = [name for name in args.only if name not in SECTIONS]
     if unknown:
-        parser.error(f"there is no section {', '.join(unknown)}. Use {', '.join(SECTIONS)}.")
+        parser.error(f"there is no section {', '.join(map(repr, unknown))}. Use {', '.join(SECTIONS)}.")
+    if not args.budget > 0:
+        parser.error(f"--budget {args.budget:g} leaves no time. Give seconds: 540 is enough for most of it.")
     for path in (args.cifar, args.wheels):
         if path is not None and not path.exists():
             parser.error(f"there is no {path}.")
@@ -131,13 +133,14 @@ def measure(args: argparse.Namespace) -> int:
         with written_atomically(args.json) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")
 
-    carry_out(loaded("machine"), Bench(torch.device("cpu")), found["machine"], save, until)
+    carry_out(loaded("machine"), Bench(torch.device("cpu")), found["machine"], lambda: None, until)
     machine = found["machine"]["results"]
     if not (args.dry_run or machine.get("cuda")):
         end(
             f"torch {torch.__version__} sees no NVIDIA GPU here, and every figure is one of a GPU. Run it where "
             "nvidia-smi shows one, or try the script out with --dry-run."
         )
+    save()
     for name in [name for name in SECTIONS if name in args.only]:
         say(f"{name}, {until - time.monotonic():.0f} s left")
         section = found["sections"][name] = {}
@@ -147,7 +150,9 @@ def measure(args: argparse.Namespace) -> int:
         carry_out(loaded(name), bench, section, save, until)
     import goals
 
-    found["goals"] = goals.lines(found["sections"])
+    lines = goals.lines(found["sections"])
+    # What a stand-in meets is nothing.
+    found["goals"] = [re.sub("^(met|missed) +", "made up        ", line) for line in lines] if args.dry_run else lines
     save()
     say("\n".join(["", f"Figures are {found['figures']}.", *found["goals"], f"wrote {args.json}"]))
     return 0

@@ -82,7 +82,7 @@ class Hardware:
     """What a layer that may use sparse tensor cores knows of them.
 
     Attributes:
-        mode: ``auto``, or ``force`` to use them also where they do not pay.
+        mode: ``auto``, ``force`` to use them also where they do not pay, or ``off``, which is there for the report.
         is_open: whether a controller stands by that the weight is 2:4.
         decisions: of calls seen, by rows, rounded up to a power of two, 65,536 at most, and dtype.
         latest: the last one on this device; until there is a call, one for the usual number of rows. Compiled code takes it.
@@ -198,7 +198,7 @@ def follow(weight: MaskedWeight, claimed: bool) -> None:
         claimed: whether its method says that all blocks keep N at most from now on.
     """
     hardware = weight.hardware
-    if hardware is None:
+    if hardware is None or hardware.mode == "off":
         return
     if hardware.is_open != claimed:
         hardware.close()

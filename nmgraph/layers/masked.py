@@ -465,10 +465,10 @@ def _laid_out_like(w_OSC: Tensor, t_OSC: Tensor) -> Tensor:
 
 def accelerate(weight: MaskedWeight, hardware: Hardware | None) -> None:
     """Let a layer multiply on sparse tensor cores, in place, or no longer."""
-    layer = weight.layer
+    layer, uses = weight.layer, hardware is not None and hardware.mode != "off"
     layer.nm_notes[weight.key].hardware = hardware
-    if layer.nm_accelerates != (hardware is not None):
-        _give_class(layer, _masked_class(layer.nm_base, layer.nm_keys, layer.nm_splits, hardware is not None))
+    if weight.key == "weight" and layer.nm_accelerates != uses:
+        _give_class(layer, _masked_class(layer.nm_base, layer.nm_keys, layer.nm_splits, uses))
 
 
 def follow(layer: nn.Module, key: str, leader: MaskedWeight) -> None:

@@ -15,7 +15,8 @@ from nmgraph.layers.masked import MaskedWeight, accelerate, masked_weights
 from nmgraph.layers.probe import Timing
 from nmgraph.layers.sparse_product import DENSE
 
-_TOLD = 'it was converted with hardware="off", or where no sparse tensor cores were'
+_OFF = 'it was converted or loaded with hardware="off"'
+_ELSEWHERE = "it was converted where no sparse tensor cores were; nmgraph.load asks anew"
 _FEW = 1 << 16  # of so many weights a dense product takes less time than a sparse one takes to start
 _UNCALLED = "no call in half precision was seen; compiled code, and attention that reads its weight, are not seen"
 
@@ -109,15 +110,26 @@ class HardwareReport:
 
     def __rich__(self) -> Table:
         table = Table(title=str(self), title_justify="left", header_style="bold")
-        for column in ("layer", "weight", "rows", "forward", "input gradient", "gain", ""):
+        for column in ("layer", "weight", "rows", "forward: dense to sparse", "input gradient", "gain", "why not"):
             table.add_column(column, overflow="fold", justify="right" if column in ("rows", "gain") else "left")
+        untimed: dict[str, list[LayerHardware]] = {}
         for layer in self.layers:
+            if layer.forward is None:
+                untimed.setdefault(layer.reason, []).append(layer)
+                continue
             products = [_shown(p) for p in (layer.forward, layer.input_gradient)]
             reasons = [p.reason for p in (layer.forward, layer.input_gradient) if p is not None and p.reason]
             why = layer.reason or "; ".join(dict.fromkeys(reasons))
             gain = f"{layer.gain:.2f}x" if layer in self.sparse else "-"
             shape = "x".join(map(str, layer.shape))
-            table.add_row(escape(layer.name), shape, str(layer.rows or "-"), *products, gain, escape(why))
+            table.add_row(escape(layer.name), shape, str(layer.rows), *products, gain, escape(why))
+        for reason, (first, *others) in untimed.items():
+            names = escape(first.name) + (f" and {len(others)} more" if others else "")
+            shape = "" if others else "x".join(map(str, first.shape))
+            table.add_row(names, shape, "", "[yellow]dense", "[yellow]dense", "", escape(reason))
+        table.caption = "gain: of the two products together, with all that they need; dW is dense either way" * bool(
+            self.sparse
+        )
         return table
 
 
@@ -139,7 +151,7 @@ def allow_hardware(model: nn.Module, mode: str) -> None:
             f'hardware="force" needs sparse tensor cores, but {lacking}. Use "auto", which trains the same without.'
         )
     for weight in masked_weights(model).values():
-        able = mode != "off" and not (lacking or obstacle(weight) or (mode == "auto" and _small(weight)))
+        able = mode == "off" or not (lacking or obstacle(weight) or (mode == "auto" and _small(weight)))
         accelerate(weight, Hardware(mode) if able else None)
 
 
@@ -159,8 +171,9 @@ def _entries(name: str, weight: MaskedWeight) -> list[LayerHardware]:
     outputs, _, inputs = weight.raw_OSC.shape
     shape = outputs, inputs
     hardware, lacking = weight.hardware, missing()
-    if hardware is None or lacking:  # it may come from a machine that has them
-        reason = obstacle(weight) or lacking or _small(weight) or _TOLD
+    off = hardware is not None and hardware.mode == "off"
+    if hardware is None or off or lacking:  # it may come from a machine that has them
+        reason = obstacle(weight) or (_OFF if off else lacking or _small(weight) or _ELSEWHERE)
         return [LayerHardware(name, tuple(weight.raw.shape), reason=reason)]
     if not hardware.is_open:
         attached = weight.site in weight.training.attached

@@ -49,6 +49,26 @@ def test_without_a_gpu_layers_are_as_they_were_and_the_report_says_why():
     assert reasons(model) == {"0": "torch sees no NVIDIA GPU"}
 
 
+def test_a_layer_that_was_told_so_says_so_on_any_machine():
+    model = nmgraph.convert(nn.Sequential(nn.Linear(32, 32)), method="tmask", hardware="off")
+    assert not isinstance(model[0], AcceleratedMasked)
+    assert reasons(model) == {"0": 'it was converted or loaded with hardware="off"'}
+
+
+def test_layers_that_are_dense_for_one_reason_are_one_line():
+    model = nmgraph.convert(nn.Sequential(*(nn.Linear(32, 32) for _ in range(40))), method="tmask", hardware="off")
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(nmgraph.hardware(model))
+    shown = console.export_text()
+    assert "0 and 39 more" in shown
+    assert len(shown.splitlines()) < 8
+
+
+def test_what_is_no_module_is_named():
+    with pytest.raises(ConversionError, match="a str is no module"):
+        nmgraph.hardware("model.nm.pt")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is what it is about")
 def test_force_without_a_gpu_is_refused_and_the_model_left_as_it_was():
     model = nn.Sequential(nn.Linear(32, 32))
@@ -74,7 +94,7 @@ def test_a_mode_that_does_not_exist_is_named_and_the_model_left_as_it_was():
     (nn.Conv2d(32, 32, 1, padding=1), {}, "its convolution has groups or padding"),
     (nn.Conv2d(64, 32, 1, groups=2), {"include": ["*"]}, "its convolution has groups or padding"),
     (nn.MultiheadAttention(32, 4), {}, "no layer of its own multiplies by it"),
-    (nn.Linear(32, 32), {"hardware": "off"}, 'it was converted with hardware="off", or where no sparse tensor cores were'),
+    (nn.Linear(32, 32), {"hardware": "off"}, 'it was converted or loaded with hardware="off"'),
     (nn.Linear(32, 32), {}, "no optimizer is attached"),
     (nn.Linear(32, 32), {"pattern": "1:4"}, "no optimizer is attached"),
     (nn.Conv2d(32, 32, 1, padding="same", stride=1), {}, "no optimizer is attached"),
