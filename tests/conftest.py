@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 import torch
 
+from nmgraph.layers import probe
+
 collect_ignore = ["site"]
 SITE = Path(__file__).parent / "site"
 runpy.run_path(str(SITE / "sitecustomize.py"))  # subprocesses find it through PYTHONPATH
@@ -23,6 +25,15 @@ hypothesis.settings.load_profile("shared machine")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_timings(tmp_path, monkeypatch):
+    """Let no timing of a product be known; gives the directory where new ones are kept."""
+    monkeypatch.setenv("NMGRAPH_CACHE", str(tmp_path / "cache"))
+    probe._timing_of.cache_clear()
+    yield tmp_path / "cache"
+    probe._timing_of.cache_clear()
 
 
 @pytest.fixture

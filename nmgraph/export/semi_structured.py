@@ -6,7 +6,6 @@ layers lose by it, so each is timed at the shape it is called with, dense agains
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,14 +20,12 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from nmgraph.errors import ConversionError
 from nmgraph.export.inputs import Inputs
+from nmgraph.layers.hardware import HALVES, MULTIPLE, missing_in
 from nmgraph.layers.masked import masked_weights
+from nmgraph.layers.probe import WIN, median_ms
 from nmgraph.nm.grouping import canonical
 from nmgraph.nm.masks import check_blocks
-from nmgraph.nm.pattern import Pattern
-
-_WIN = 1.02  # times faster than dense before a layer is changed: less is noise
-_WARM_UP, _ROUNDS = 10, 30
-_MULTIPLE = 16  # of both sides of a half-precision weight, for cuSPARSELt; of 64 and 32 for CUTLASS
+from nmgraph.nm.pattern import TENSOR_CORES
 
 
 @dataclass(frozen=True)
@@ -130,8 +127,8 @@ def _decide(name: str, layer: nn.Linear, rows: int) -> LayerSpeed:
     with torch.no_grad():
         packed = nn.Parameter(to_sparse_semi_structured(weight.detach()), requires_grad=False)
         x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        dense_ms, sparse_ms = (_median_ms(partial(F.linear, x, w, layer.bias)) for w in (weight, packed))
-    wins = dense_ms > _WIN * sparse_ms
+        dense_ms, sparse_ms = (median_ms(partial(F.linear, x, w, layer.bias), x.device) for w in (weight, packed))
+    wins = dense_ms > WIN * sparse_ms
     if wins:
         layer.weight = packed
     reason = "" if wins else "the dense product is as fast at this shape"
@@ -143,26 +140,13 @@ def _obstacle(weight: Tensor, rows: int) -> str:
         return "it is semi-structured already"
     if not weight.is_cuda:
         return f"its weight is on the {weight.device.type}; sparse tensor cores are in NVIDIA GPUs from Ampere on"
-    if torch.cuda.get_device_capability(weight.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(weight.device)} has no sparse tensor cores"
-    if weight.dtype not in (torch.float16, torch.bfloat16):
+    lacking = missing_in(weight.device)
+    if lacking:
+        return lacking
+    if weight.dtype not in HALVES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}; use float16 or bfloat16"
-    if any(size % _MULTIPLE for size in weight.shape):
-        return f"{weight.shape[0]}x{weight.shape[1]} are not both multiples of {_MULTIPLE}"
-    if not check_blocks(canonical(weight), Pattern(2, 4)).holds:
+    if any(size % MULTIPLE for size in weight.shape):
+        return f"{weight.shape[0]}x{weight.shape[1]} are not both multiples of {MULTIPLE}"
+    if not check_blocks(canonical(weight), TENSOR_CORES).holds:
         return "its weight is not 2:4"
     return "" if rows else "the inputs did not reach it"
-
-
-def _median_ms(product: Callable[[], Tensor]) -> float:
-    for _ in range(_WARM_UP):
-        product()
-    times = []
-    for _ in range(_ROUNDS):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record()
-        product()
-        ended.record()
-        ended.synchronize()
-        times.append(float(began.elapsed_time(ended)))
-    return statistics.median(times)

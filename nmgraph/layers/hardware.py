@@ -1,7 +1,7 @@
 """Which of a layer's two products with its weight run on sparse tensor cores, and what they multiply by then.
 
 A layer may use them (:func:`obstacle`), and does while three things hold: a controller trains it and has seen that its
-weight is 2:4 by now (:func:`follow`); it is called in half precision (:func:`route`); and the product is faster so at its
+weight is 2:4 by now (:func:`follow`); it is called in half precision (:func:`product`); and the product is faster so at its
 shape (``nmgraph.layers.probe``). Otherwise it is an ordinary layer that multiplies by the masked weight.
 
 The operands are made and compressed once per optimizer step. Where code is captured, by ``torch.compile`` or in a CUDA
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from nmgraph.layers.masked import MaskedWeight
 
 MODES = ("auto", "off", "force")
-_MULTIPLE = 16  # of both sides of a half-precision weight
-_HALVES = (torch.float16, torch.bfloat16)
+MULTIPLE = 16  # of both sides of a half-precision weight, for cuSPARSELt
+HALVES = (torch.float16, torch.bfloat16)
 _MOST_ROWS = 1 << 16  # beyond, both products take longer in the same measure
 _USUAL_ROWS = 8192  # for which a compiled layer is timed that never ran otherwise
 
@@ -125,7 +125,7 @@ class Hardware:
         raw = weight.raw
         self._move(raw.device)
         if self.latest is None and _has_kernels(raw.device.type):
-            dtype = raw.dtype if raw.dtype in _HALVES else torch.bfloat16
+            dtype = raw.dtype if raw.dtype in HALVES else torch.bfloat16
             self.latest = _decide(weight, _USUAL_ROWS, dtype, self.mode == "force")
 
     def expected(self, device: torch.device) -> Route | None:
@@ -169,8 +169,8 @@ def obstacle(weight: MaskedWeight) -> str:
         return "its convolution has groups or padding"
     if not pattern.implies(TENSOR_CORES):
         return f"{pattern} may keep more than 2 of 4"
-    if any(size % _MULTIPLE for size in shape[:2]):
-        return f"{shape[0]}x{shape[1]} are not both multiples of {_MULTIPLE}"
+    if any(size % MULTIPLE for size in shape[:2]):
+        return f"{shape[0]}x{shape[1]} are not both multiples of {MULTIPLE}"
     return ""
 
 
@@ -180,11 +180,17 @@ def missing() -> str:
         return ""
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} has no sparse tensor cores"
-    if not (_has_kernels("cuda") and torch.backends.cusparselt.is_available()):
+    lacking = missing_in()
+    if not (lacking or (_has_kernels("cuda") and torch.backends.cusparselt.is_available())):
         return f"torch {torch.__version__} was built without cuSPARSELt"
-    return ""
+    return lacking
+
+
+def missing_in(device: torch.device | None = None) -> str:
+    """Say that a GPU has no sparse tensor cores, by default the current one; empty if it has."""
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return ""
+    return f"{torch.cuda.get_device_name(device)} has no sparse tensor cores"
 
 
 def follow(weight: MaskedWeight, claimed: bool) -> None:
@@ -246,11 +252,11 @@ def _dtype(raw: Tensor, x: Tensor) -> torch.dtype | None:
     """Give the half precision in which the layer's own forward would multiply; None where it is another one, or refused."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
-        taken = {x.dtype, raw.dtype} <= {torch.float32, *_HALVES}  # autocast leaves float64 as it is
+        taken = {x.dtype, raw.dtype} <= {torch.float32, *HALVES}  # autocast leaves float64 as it is
         dtype = torch.get_autocast_dtype(device) if taken else None
     else:
         dtype = x.dtype if x.dtype == raw.dtype else None
-    return dtype if dtype in _HALVES else None
+    return dtype if dtype in HALVES else None
 
 
 def _as_rows(layer: Any, x: Tensor) -> Tensor | None:

@@ -186,8 +186,7 @@ class MaskedWeight:
         """Compute what the module multiplies by, each in the raw parameter's shape and memory format."""
         method, pattern = self.told.method, self.told.pattern
         operand = Operand(*self._as_raw(lambda w_OSC, state: method.operand(w_OSC, state, pattern)))
-        if not torch.compiler.is_compiling():
-            self._watch_training(operand.forward)
+        self._watch_training(operand.forward)
         return operand
 
     def forward_weight(self) -> Tensor:
@@ -195,8 +194,7 @@ class MaskedWeight:
         method, pattern = self.told.method, self.told.pattern
         forward: Tensor
         (forward,) = self._as_raw(lambda w_OSC, state: (method.forward_weight(w_OSC, state, pattern),))
-        if not torch.compiler.is_compiling():
-            self._watch_training(forward)
+        self._watch_training(forward)
         return forward
 
     def _as_raw(self, compute: Callable[[Tensor, Any], tuple[Tensor | None, ...]]) -> tuple[Any, ...]:
@@ -271,6 +269,8 @@ class MaskedWeight:
 
     def _watch_training(self, operand: Tensor) -> None:
         """Warn once if the weight has changed since a gradient came back, and no optimizer runs the method's steps."""
+        if torch.compiler.is_compiling():
+            return
         note = self.layer.nm_notes[self.key]
         shared, method = note.training, note.told.method
         if not (self.layer.training and operand.requires_grad and method.needs_attach):

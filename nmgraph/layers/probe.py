@@ -33,7 +33,7 @@ from nmgraph.nm.pattern import TENSOR_CORES, Pattern
 
 WIN = 1.02  # times faster than dense before it is taken: less is noise
 _TOLERANCE = 0.02  # of the largest result: both sum in float32 and round once
-_WARM_UP, _ROUNDS = 5, 20
+_WARM_UP, _ROUNDS = 10, 30
 _DEFAULT = 0  # cuSPARSELt's own choice of algorithm
 _log = logging.getLogger("nmgraph")
 
@@ -169,7 +169,7 @@ def _machine(device: str) -> str:
 
 @torch.no_grad()
 def measure(product: Product, device: torch.device) -> Timing:
-    """Time a product on random data, dense and sparse, in turns."""
+    """Time a product on random data, dense and sparse."""
     made = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, product.dtype)
     draw = partial(torch.randn, generator=made, device=device, dtype=dtype)
@@ -210,6 +210,7 @@ def measure(product: Product, device: torch.device) -> Timing:
     # What the search likes best is not always the fastest one.
     times = {algorithm: median_ms(partial(sparse, algorithm), device) for algorithm in errors}
     algorithm = min(times, key=lambda number: times[number])
+    # The least of several is too low, so the one that is taken is timed again.
     return Timing(
         dense=median_ms(dense, device),
         sparse=median_ms(partial(sparse, algorithm), device),

@@ -127,9 +127,8 @@ class HardwareReport:
             names = escape(first.name) + (f" and {len(others)} more" if others else "")
             shape = "" if others else "x".join(map(str, first.shape))
             table.add_row(names, shape, "", "[yellow]dense", "[yellow]dense", "", escape(reason))
-        table.caption = "gain: of the two products together, with all that they need; dW is dense either way" * bool(
-            self.sparse
-        )
+        if self.sparse:
+            table.caption = "gain: of the two products together, with all that they need; dW is dense either way"
         return table
 
 

@@ -27,15 +27,12 @@ LATER = ("bame", "gradual", "lbc", "maxq", "decaying-mask")
 
 
 @pytest.fixture(autouse=True)
-def kernels(tmp_path, monkeypatch):
-    monkeypatch.setenv("NMGRAPH_CACHE", str(tmp_path / "cache"))
+def kernels(no_timings, monkeypatch):
     monkeypatch.setattr(probe, "_ROUNDS", 1)
     monkeypatch.setattr(probe, "_WARM_UP", 0)
     monkeypatch.setattr(hardware, "_FEW", 0)
-    probe._timing_of.cache_clear()
     with stand_in.kernels() as calls:
         yield calls
-    probe._timing_of.cache_clear()
 
 
 def network():

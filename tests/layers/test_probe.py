@@ -15,12 +15,9 @@ PRODUCT = Product(32, 64, 16, "bfloat16", bias=True)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("NMGRAPH_CACHE", str(tmp_path / "cache"))
-    probe._timing_of.cache_clear()
+def cache(no_timings):
     probe._say_once.cache_clear()
-    yield tmp_path / "cache"
-    probe._timing_of.cache_clear()
+    return no_timings
 
 
 @pytest.fixture

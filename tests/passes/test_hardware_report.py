@@ -18,13 +18,10 @@ from nmgraph.passes import hardware
 
 
 @pytest.fixture
-def kernels(tmp_path, monkeypatch):
-    monkeypatch.setenv("NMGRAPH_CACHE", str(tmp_path))
+def kernels(no_timings, monkeypatch):
     monkeypatch.setattr(hardware, "_FEW", 0)
-    probe._timing_of.cache_clear()
     with stand_in.kernels() as calls:
         yield calls
-    probe._timing_of.cache_clear()
 
 
 def reasons(model):
